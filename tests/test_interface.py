@@ -1,0 +1,82 @@
+"""What users read must be true: every flag documented and used, every recipe's help, README's commands, light imports."""
+
+import ast
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import experiment
+import selm
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"selm": selm}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_is_documented_and_read(name):
+    source = (ROOT / f"{name}.py").read_text()
+    shared = "".join((ROOT / f).read_text() for f in ("experiment.py", "common.py"))
+    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    documented = {
+        a.target.id
+        for a, doc in zip(body, body[1:], strict=False)
+        if isinstance(a, ast.AnnAssign) and isinstance(doc, ast.Expr) and len(doc.value.value) > 15
+    }
+    for field in dataclasses.fields(SCRIPTS[name].Args):
+        assert field.name in documented, f"--{field.name} has no docstring"
+        assert re.search(rf"args\.{field.name}\b|\"{field.name}\"", source + shared), f"--{field.name} is never read"
+
+
+@pytest.mark.parametrize("name,recipe", [(n, r) for n, module in SCRIPTS.items() for r in module.RECIPES])
+def test_help_shows_the_recipe(name, recipe, capsys):
+    module = SCRIPTS[name]
+    with pytest.raises(SystemExit) as stop:
+        experiment.command_line(module.main, module.RECIPES, ["--model", recipe, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "arXiv" in text and f"python {name}.py" in text
+    values = dataclasses.asdict(module.RECIPES[recipe])
+    for flag in ("beta", "batch_size", "max_new_tokens"):
+        if flag in values:
+            assert re.search(rf"--{flag.replace('_', '-')}\b[^)]*default: {re.escape(str(values[flag]))}\)", text, re.S), flag
+
+
+def test_flags_given_by_hand_win_over_the_recipe():
+    args = experiment.parse(selm.RECIPES, ["--model", "llama3-8b", "--beta", "0.5"])
+    assert (args.beta, args.alpha, args.learning_rate) == (0.5, 1e-4, (5e-7, 3e-7, 1e-7))
+    assert experiment.parse(selm.RECIPES, ["--model=meta-llama/Meta-Llama-3-8B-Instruct"]).alpha == 1e-4
+
+
+def commands(text: str) -> list[str]:
+    """Lines of fenced shell blocks that run one of our scripts."""
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if re.search(r"\bpython (selm|ipo_md|nash_md|afd)\.py", line)]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_commands_in_the_documentation_parse(page):
+    for line in commands((ROOT / page).read_text()):
+        words = shlex.split(line[line.index("python ") :])
+        name, argv = Path(words[1]).stem, words[2:]
+        if "--resume" in argv or "--help" in argv or name not in SCRIPTS:
+            continue
+        assert experiment.parse(SCRIPTS[name].RECIPES, [w for w in argv if w not in ("&&",)])
+
+
+def test_readme_names_existing_files():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_imports_are_light():
+    """No optional package, network or model at import."""
+    heavy = "vaderSentiment textblob chitchat_dataset matplotlib tensorboard wandb datasets peft pyarrow".split()
+    code = f"import sys, {', '.join(SCRIPTS)}; loaded = [m for m in {heavy} if m in sys.modules]; assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,120 @@
+"""Log-probs of completions against a plain float64 computation: ragged, chunked, shared prompts, gradients, memory."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+import common
+
+V, END = 24, 3
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
+COMPLETIONS = [[[4, 5, END], [6, 6, 6, 6, 6], [END]], [[7, END], [9], [4, 4, 4]], [[5, 6, 7, 8, END], [10, END], [11, 12, 13]]]
+
+
+def plain(model, prompt, completion, temperature=1.0):
+    """Per-token log-probs of one completion: one row, no padding, whole softmax."""
+    logits = model(torch.tensor([prompt + completion])).logits[0]
+    steps = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
+    return steps[range(len(completion)), completion]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(V, seed=1).double()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_against_plain_float64(model, attention, temperature):
+    model.set_attn_implementation(attention)
+    batch = common.collate(PROMPTS, COMPLETIONS, "cpu")
+    logprobs, entropy = common.completion_logprobs(model, batch, temperature, entropy=True)
+    assert logprobs.shape == (3, 3, 5)
+    for g, prompt in enumerate(PROMPTS):
+        for k, completion in enumerate(COMPLETIONS[g]):
+            n = len(completion)
+            torch.testing.assert_close(logprobs[g, k, :n].double(), plain(model, prompt, completion, temperature), atol=2e-6, rtol=1e-6)
+            assert (logprobs[g, k, n:] == 0).all() and (entropy[g, k, n:] == 0).all()
+            assert batch.mask[g, k].tolist() == [1.0] * n + [0.0] * (5 - n)  # the end-of-sequence token counts, once
+    p = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature, -1)
+    assert entropy[0, 0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+def test_temperature_per_completion(model):
+    heat = torch.tensor([[1.0, 0.5, 2.0]] * 3)
+    logprobs = common.completion_logprobs(model, common.collate(PROMPTS, COMPLETIONS, "cpu"), heat)
+    for k in range(3):
+        expected = plain(model, PROMPTS[2], COMPLETIONS[2][k], float(heat[0, k]))
+        torch.testing.assert_close(logprobs[2, k, : len(expected)].double(), expected, atol=2e-6, rtol=1e-6)
+
+
+def test_missing_completions_are_empty(model):
+    batch = common.collate(PROMPTS[:2], [COMPLETIONS[0], COMPLETIONS[1][:2]], "cpu")
+    sums = common.completion_logprobs(model, batch).sum(-1)
+    assert sums[1, 2] == 0 and sums[1, 0].item() == pytest.approx(plain(model, PROMPTS[1], COMPLETIONS[1][0]).sum().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+def test_gradient_and_chunk_sizes(model, monkeypatch, chunk):
+    """The chunked head's gradients, for every weight, equal those of plain autograd through the whole softmax."""
+    monkeypatch.setattr(common, "chunk_rows", lambda vocabulary: chunk)
+    ours, theirs = copy.deepcopy(model).requires_grad_(True), copy.deepcopy(model).requires_grad_(True)
+    weights = torch.linspace(-1, 2, 9).view(3, 3)
+    (common.completion_logprobs(ours, common.collate(PROMPTS, COMPLETIONS, "cpu"), 0.8).sum(-1) * weights).sum().backward()
+    total = sum(weights[g, k] * plain(theirs, PROMPTS[g], COMPLETIONS[g][k], 0.8).sum() for g in range(3) for k in range(3))
+    total.backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=3e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_soft_capped_logits_match_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (11, 6)))
+    bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets, heat = torch.tensor([0, 3, 10, 3, 7]), torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
+
+    def ours(h, w, b):
+        return common._TokenLogprobs.apply(h, w, b, targets, heat, 3.0, False)[0].double()
+
+    def whole(h, w, b):
+        return torch.log_softmax(3.0 * torch.tanh((h @ w.T + b) / 3.0) / heat[:, None], -1)[range(5), targets]
+
+    torch.testing.assert_close(ours(hidden, weight, bias), whole(hidden, weight, bias), atol=1e-5, rtol=1e-5)
+    direction = torch.arange(1.0, 6.0, dtype=torch.float64)
+    mine = torch.autograd.grad((ours(hidden, weight, bias) * direction).sum(), (hidden, weight, bias))
+    exact = torch.autograd.grad((whole(hidden, weight, bias) * direction).sum(), (hidden, weight, bias))
+    for a, b in zip(mine, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_micro_batches_sum_to_the_whole_batch(model):
+    whole, parts = copy.deepcopy(model).requires_grad_(True), copy.deepcopy(model).requires_grad_(True)
+    common.completion_logprobs(whole, common.collate(PROMPTS, COMPLETIONS, "cpu")).sum().backward()
+    split = common.micro_batches(PROMPTS, COMPLETIONS, 20)
+    assert len(split) > 1 and sorted(i for part in split for i in part) == [0, 1, 2]
+    for part in split:
+        common.completion_logprobs(
+            parts, common.collate([PROMPTS[i] for i in part], [COMPLETIONS[i] for i in part], "cpu")
+        ).sum().backward()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=3e-5, rtol=1e-4)
+
+
+def test_sequence_logprobs(model):
+    sums = common.sequence_logprobs(model, PROMPTS, COMPLETIONS, 1.0, "cpu", micro_batch_tokens=16)
+    for g, prompt in enumerate(PROMPTS):
+        assert sums[g] == pytest.approx([plain(model, prompt, c).sum().item() for c in COMPLETIONS[g]], abs=1e-5)
+
+
+def test_sampled_tokens_have_the_probability_they_were_drawn_with(model):
+    """Sampling and log-probs agree on one convention: frequencies of whole replies match exp(summed log-prob)."""
+    replies = common.sample(model, [PROMPTS[0]] * 4000, [END], max_new_tokens=2, seed=0, temperature=0.6, max_rows=4000)
+    seen = {}
+    for (reply,) in replies:
+        seen[tuple(reply)] = seen.get(tuple(reply), 0) + 1 / 4000
+    top = sorted(seen, key=seen.get, reverse=True)[:5]
+    sums = common.sequence_logprobs(model, [PROMPTS[0]], [[list(r) for r in top]], 0.6, "cpu", 1000)[0]
+    for reply, logprob in zip(top, sums, strict=True):
+        assert seen[reply] == pytest.approx(torch.tensor(logprob).exp().item(), abs=0.025)
