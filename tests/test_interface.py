@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 import experiment
+import ipo_md
+import nash_md
 import selm
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"selm": selm}
+SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

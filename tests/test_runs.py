@@ -1,37 +1,25 @@
 """Whole runs of selm.py in a tiny world: it learns, it resumes after kill -9, at α = 0 it is DPO, and its folder is complete."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import re
 
 import pytest
+import tiny
 import torch
 import transformers
+from running import metrics_of, resumed_equals_uninterrupted, summary_of
+from running import start as start_script
 
 import common
 import selm
-from experiment import command_line, win_rate_interval
+from experiment import win_rate_interval
 from judges import load_judge
-
-ROOT = Path(__file__).parent.parent
 
 
 def start(*argv):
-    """Run selm.py in this process; returns nothing, raises SystemExit on a user's mistake."""
-    command_line(selm.main, selm.RECIPES, [str(a) for a in argv])
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith("tokens_per_second")} for row in rows]
+    """Run selm.py in this process."""
+    start_script(selm, *argv)
 
 
 def test_it_learns_and_the_run_folder_is_complete(flags, tmp_path, capsys):
@@ -47,7 +35,7 @@ def test_it_learns_and_the_run_folder_is_complete(flags, tmp_path, capsys):
         "--beta=0.1",
     )
     folder = tmp_path / "x"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["win_rate"] > 0.75 and summary["win_rate_interval"][0] > 0.6
     assert summary["kl"] > 0.1 and summary["score_before"] is None and summary["eval_judge_win_rate"] is None
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "checkpoint/state.pt", "model/README.md"):
@@ -131,23 +119,8 @@ def test_alpha_zero_has_the_metrics_of_a_dpo_run_written_apart(world, flags, tmp
 
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path):
     """kill -9 in the middle, somewhere in iteration 2; then --resume."""
-    flags = [*flags, "--iterations=3", "--num-prompts=48", "--learning-rate=0.003", "--epochs=3", "--save-every=4", "--alpha=0.1"]
-    start(*flags, "--run-name=whole")
-    whole = metrics_of(tmp_path / "whole")
-    command = [sys.executable, "selm.py", *flags, "--run-name=killed"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
-    wait_for = random.SystemRandom().randrange(5, len(whole) - 2)
-    while not (log.exists() and len(log.read_text().splitlines()) >= wait_for):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    start(f"--resume={tmp_path}/killed")
-    assert without_times(metrics_of(tmp_path / "killed")) == without_times(whole)
-    before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
-    assert before["win_rate"] == after["win_rate"] and before["kl"] == after["kl"]
+    flags += ["--iterations=3", "--num-prompts=48", "--learning-rate=0.003", "--epochs=3", "--save-every=4", "--alpha=0.1"]
+    resumed_equals_uninterrupted(selm, flags, tmp_path)
 
 
 def test_resume_refuses_other_arguments(flags, tmp_path, capsys):
@@ -215,8 +188,6 @@ def test_xpo_and_lora_and_plain_text(world, flags, tmp_path):
 
 def test_small_learning_rates_survive_bfloat16():
     """Steps of 5e-7 vanish in bfloat16 weights; with masters the weights follow a float32 run."""
-    import tiny
-
     runs = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.model(24, seed=0).to(dtype).requires_grad_(True)
@@ -274,8 +245,6 @@ def test_bad_input_is_one_clear_message(flags, tmp_path, capsys, extra, message)
     with pytest.raises(SystemExit) as stop:
         start(*kept, *extra, "--run-name=x")
     error = capsys.readouterr().err
-    import re
-
     assert stop.value.code == 2 and re.search(message, error), error
     assert "Traceback" not in error and len(error.strip().splitlines()) <= 3
     assert not (tmp_path / "x").exists()

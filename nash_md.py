@@ -1,0 +1,413 @@
+"""Nash-MD-PG and Nash-EMA-PG, with self-play, best response and regularised policy gradient (RLHF). arXiv 2312.00886 v4.
+
+The idea: preferences need not come from any scalar reward, so aim at the Nash equilibrium of the preference game itself. The policy
+plays against an opponent close to itself (a geometric mixture with the reference, or its own moving average) and ascends its win rate.
+
+Departures from the paper:
+ 1. The mixture is taken per token, π^(1−β) π_ref^β renormalised at every token, as the paper's runs do; its theory is for whole
+    sequences (docs/theory.md).
+ 2. The EMA is θ̄ ← d θ̄ + (1 − d) θ from θ̄_0 = θ_0, with d = --ema-decay; secondary sources print the recursion with θ_0.
+ 3. K > 1 policy samples for each prompt are an option, with a leave-one-out baseline beside the paper's ½.
+ 4. With --opponent self and K > 1 the samples of a prompt are each other's opponents (never their own), and all are trained on.
+ 5. Learning rate, batch size and optimiser are not reported; ours are AdamW and the recipes' values.
+ 6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights.
+ 7. The smollm2-135m recipe is ours, chosen for two CPU cores.
+
+Examples:
+    python nash_md.py                                        # Nash-MD-PG on SmolLM2-135M; minutes on a laptop
+    python nash_md.py --model pythia-1b-tldr --judge hf:ID   # summarisation, the paper's task, on one GPU
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+import common
+from common import require
+from experiment import Run, check_common, command_line, evaluate, write_model
+from judges import both_orders, load_judge
+
+
+@dataclass
+class Args:
+    """Nash-MD-PG, Nash-EMA-PG, self-play, best response and RLHF policy gradient (arXiv 2312.00886).
+
+    python nash_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
+    python nash_md.py --model pythia-1b-tldr --judge hf:ID   summarisation, the paper's task, on one GPU
+
+    --model NAME also sets the recipe's other values, shown as the defaults below; flags given by hand win.
+    """
+
+    # run
+    seed: int = 1
+    """Seed of everything random; a run is a function of its arguments."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto is cuda, else mps, else cpu."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. Optimiser state is float32 in any case."""
+    run_dir: str = "runs"
+    """Folder that holds the run folders."""
+    run_name: str | None = None
+    """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
+    resume: str | None = None
+    """Run folder to continue from its last checkpoint, with the arguments it had."""
+    save_every: int = 20
+    """Optimiser steps between checkpoints; 0 writes none."""
+    track: bool = False
+    """Also log to Weights & Biases (needs the package wandb)."""
+
+    # model and data
+    model: str = "smollm2-135m"
+    """Recipe name, hub id or folder of the starting model."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter on every linear layer; 0 trains all weights."""
+    lora_alpha: int = 64
+    """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
+    dataset: str = "chitchat"
+    """Prompts: a name (chitchat, ultrafeedback, tldr), hub id, or .jsonl, .jsonl.gz or .parquet file."""
+    num_prompts: int | None = 720
+    """Training prompts, each used once an epoch; None is the whole data set."""
+    max_prompt_length: int = 64
+    """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
+    judge: str = "sentiment"
+    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model) or FILE.py:FUNCTION."""
+    eval_judge: str | None = "polarity"
+    """A second judge that is never trained on; None for none."""
+    eval_prompts: int = 128
+    """Held-out prompts of the final comparison with the starting model."""
+
+    # algorithm
+    objective: Literal["nash", "rlhf"] = "nash"
+    """nash: the win rate against the opponent. rlhf: a scalar judge's score, the papers' baseline (no opponent)."""
+    opponent: Literal["mixture", "ema", "self", "reference"] = "mixture"
+    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA), self (self-play), reference (best response to it)."""
+    tau: float = 0.008
+    """Strength of the tie to the reference, τ: the weight of the KL."""
+    beta: float = 0.125
+    """Share of the reference in the mixture opponent."""
+    ema_decay: float = 0.999
+    """The EMA opponent's d in θ̄ ← d θ̄ + (1 − d) θ; its float32 copy costs 4 bytes a trained weight."""
+    samples_per_prompt: int = 2
+    """K, the policy's own samples for each prompt, all trained on; the paper's is 1."""
+    baseline: Literal["half", "leave-one-out"] = "half"
+    """half is the paper's ½. leave-one-out: the mean preference of the prompt's other samples against the same opponent."""
+    both_orders: bool = True
+    """Ask a judge without a scalar in both orders and average, which removes its position bias."""
+
+    # optimisation
+    max_steps: int | None = None
+    """Optimiser steps at most; None takes every prompt. The schedule shortens with it."""
+    learning_rate: float = 3e-5
+    """Peak learning rate."""
+    batch_size: int = 16
+    """Pairs in one optimiser step."""
+    epochs: int = 1
+    """Passes over the prompts; each samples anew."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """Learning rate after the warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down; 0 never clips."""
+    micro_batch_tokens: int = 480
+    """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more compute for far less memory."""
+
+    # sampling
+    max_new_tokens: int = 24
+    """Longest reply, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
+    sample_rows: int = 64
+    """Replies decoded at once."""
+
+
+TLDR = Args(  # the paper's task, for a hub policy of one billion weights
+    model="pythia-1b-tldr",
+    dataset="tldr",
+    num_prompts=None,
+    max_prompt_length=512,
+    max_new_tokens=64,
+    judge="hf:cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr",
+    eval_judge=None,
+    eval_prompts=256,
+    samples_per_prompt=1,
+    max_steps=10_000,
+    learning_rate=1e-5,
+    batch_size=32,
+    micro_batch_tokens=16_384,
+    save_every=500,
+    sample_rows=128,
+)
+RECIPES = {
+    "smollm2-135m": Args(),
+    "pythia-1b-tldr": TLDR,
+    "llama3-8b": replace(
+        TLDR,
+        model="llama3-8b",
+        dataset="ultrafeedback",
+        judge="pairrm",
+        lora_rank=32,
+        max_new_tokens=1024,
+        max_steps=2000,
+        learning_rate=5e-6,
+        micro_batch_tokens=8192,
+        gradient_checkpointing=True,
+    ),
+}
+CURVES = ("score", "preference", "exploitability", "kl", "length", "entropy", "mixture_agreement", "advantage_std", "grad_norm")
+
+
+def nash_md_loss(
+    policy_logprobs: torch.Tensor,
+    reference_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    preference: torch.Tensor,
+    tau: float,
+    baseline: float | torch.Tensor = 0.5,
+) -> torch.Tensor:
+    """Surrogate whose gradient is minus Nash-MD-PG's policy gradient, Eq. 13 of arXiv 2312.00886 v4; a scalar to minimise.
+
+    ĝ = Σ_n ∇ log π(y_n) · ( p(y ≻ y') − baseline − τ Σ_{m ≥ n} log[π(y_m) / π_ref(y_m)] ), averaged over the batch.
+
+    Args:
+        policy_logprobs, reference_logprobs: (B, T) per-token log-probs of the policy's own samples y, in nats.
+        mask: (B, T), 1 on the tokens that count.
+        preference: (B,) p(y ≻ y') against the opponent's sample; for RLHF the scalar reward r(y).
+        tau: weight of the KL to the reference.
+        baseline: ½, or (B,) values that do not depend on y.
+
+    The value itself means nothing: only its gradient does. No gradient flows through the coefficient.
+    """
+    log_ratio = ((policy_logprobs - reference_logprobs) * mask).detach()  # (B, T)
+    to_go = log_ratio.flip(-1).cumsum(-1).flip(-1)  # (B, T) Σ_{m ≥ n} log π/π_ref
+    coefficient = (preference - baseline)[:, None] - tau * to_go  # (B, T) Eq. 13
+    return -(policy_logprobs * mask * coefficient.detach()).sum(-1).mean()
+
+
+class EMA:
+    """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight."""
+
+    def __init__(self, optimiser: common.MasterAdamW, decay: float):
+        self.optimiser, self.decay = optimiser, decay
+        self.weights = [master.clone() for master in optimiser.masters]
+
+    def update(self) -> None:
+        """θ̄ ← d θ̄ + (1 − d) θ, with θ the float32 masters."""
+        torch._foreach_lerp_(self.weights, self.optimiser.masters, 1 - self.decay)
+
+    @contextlib.contextmanager
+    def in_place_of_policy(self):
+        """Context in which the policy computes with the averaged weights: no second model is held."""
+        trained = self.optimiser.weights
+        kept = [weight.detach().clone() for weight in trained]
+        with torch.no_grad():
+            for weight, average in zip(trained, self.weights, strict=True):
+                weight.copy_(average)
+            yield
+            for weight, own in zip(trained, kept, strict=True):
+                weight.copy_(own)
+
+
+@dataclass
+class Group:
+    """One prompt's training example: the policy's K samples, what each earned, and its baseline."""
+
+    row_id: str
+    prompt: list[int]  # (P,) token ids
+    completions: list[list[int]]  # K lists of token ids
+    preference: list[float]  # (K,) p(y ≻ y'), or r(y) for RLHF
+    baseline: list[float]  # (K,)
+
+
+def main(args: Args) -> None:
+    """Run Nash-MD: see the numbered steps, which docs/nash_md.md explains."""
+    check_args(args)
+
+    # 1. Model, judge, data.
+    device = common.resolve_device(args.device)
+    dtype = common.resolve_dtype(args.dtype, device)
+    judge = load_judge(args.judge, device)
+    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
+    require(
+        args.objective == "nash" or judge.score is not None,
+        f"--objective rlhf needs a scalar reward, and the judge {args.judge} has none. Use --judge sentiment or hf:ID, or --objective nash.",
+    )
+    train_rows, eval_rows = common.load_rows(args.dataset, held_out=args.eval_prompts)
+    tokenizer = common.load_tokenizer(args.model)
+    rows, prompts = common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "training prompts")
+    eval_rows, eval_prompts = common.encode_rows(tokenizer, eval_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts")
+    batches = plan_batches(args, len(rows))
+    attention = common.choose_attention(args.attention, device, args.max_prompt_length + args.samples_per_prompt * args.max_new_tokens)
+    policy = common.load_model(args.model, dtype, device, attention)
+    ends = common.end_tokens(policy, tokenizer)
+    policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
+    reference = common.starting_model(policy, args.model, dtype, device, attention)
+    sampling = dict(
+        ends=ends, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows
+    )
+
+    run = Run("nash_md", args, len(batches))
+    run.create()
+    state = run.restore()
+    optimiser = common.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
+    ema = EMA(optimiser, args.ema_decay) if args.opponent == "ema" and args.objective == "nash" else None
+    if state:
+        optimiser.load_state_dict(state["optimiser"])
+        if ema:
+            ema.weights = state["ema"]
+    for step in range(state["step"] + 1 if state else 1, len(batches) + 1):
+        # 2. The policy and its opponent answer each prompt; the judge says whom it prefers.
+        seed = common.derive_seed(args.seed, step)
+        batch, metrics = collect(args, batches[step - 1], seed, rows, prompts, policy, reference, ema, tokenizer, sampling, judge, run)
+
+        # 3. Log-probs, policy gradient, step.
+        learning_rate = common.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
+        with run.phase("training"):
+            metrics |= train_step(args, policy, reference, optimiser, batch, learning_rate, ends, device, run, step)
+            if ema:
+                ema.update()
+        metrics |= {"learning_rate": learning_rate, **run.throughput()}
+        run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
+        if args.save_every and step % args.save_every == 0 and step < len(batches):
+            run.save({"step": step, "optimiser": optimiser.state_dict(), "ema": ema and ema.weights})
+
+    # 4. Compare with the starting model on held-out prompts; save.
+    optimiser.release()
+    with run.phase("evaluation"):
+        summary = evaluate(run, policy, reference, tokenizer, ends, eval_rows, eval_prompts, judge, eval_judge)
+    write_model(run, policy, tokenizer, summary)
+    run.finish(summary, CURVES)
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that cannot work. Raises `UserError` naming flag and value."""
+    check_common(args)
+    require(args.tau >= 0, f"--tau must not be negative, got {args.tau}.")
+    require(0 <= args.beta <= 1, f"--beta must lie in [0, 1], got {args.beta}: it is the reference's share in the mixture.")
+    require(0 <= args.ema_decay <= 1, f"--ema-decay must lie in [0, 1], got {args.ema_decay}.")
+    require(args.epochs >= 1, f"--epochs must be at least 1, got {args.epochs}.")
+    require(args.learning_rate > 0, f"--learning-rate must be above 0, got {args.learning_rate}.")
+    require(args.temperature > 0, "--temperature 0 (greedy): a policy gradient needs samples, not the one most likely reply.")
+    require(args.samples_per_prompt >= 1, f"--samples-per-prompt must be at least 1, got {args.samples_per_prompt}.")
+    require(args.num_prompts is None or args.num_prompts >= 1, f"--num-prompts must be at least 1, got {args.num_prompts}.")
+    if args.baseline == "leave-one-out" and args.objective == "nash":
+        require(args.samples_per_prompt >= 2, "--baseline leave-one-out needs --samples-per-prompt of at least 2.")
+        require(
+            args.opponent != "self",
+            "--baseline leave-one-out needs opponents drawn independently of the samples; with --opponent self they are each other's. Keep --baseline half.",
+        )
+
+
+def plan_batches(args: Args, prompts: int) -> list[list[int]]:
+    """Prompt indices of every optimiser step: each epoch in an order of its own, `--max-steps` at most."""
+    batches = []
+    for epoch in range(args.epochs):
+        order = list(range(prompts))
+        random.Random(common.derive_seed(args.seed, "order", epoch)).shuffle(order)
+        batches += [order[i : i + args.batch_size] for i in range(0, prompts, args.batch_size)]
+    return batches[: args.max_steps]
+
+
+def collect(args, indices, seed, rows, prompts, policy, reference, ema, tokenizer, sampling, judge, run) -> tuple[list[Group], dict]:
+    """The policy's K samples for each prompt and their preferences against the opponent's; metrics of the sampling."""
+    chosen_rows, chosen_prompts = [rows[i] for i in indices], [prompts[i] for i in indices]
+    K, stats = args.samples_per_prompt, {}
+    with run.phase("sampling"):
+        if args.objective == "rlhf" or (args.opponent == "self" and K > 1):
+            own, others = common.sample(policy, chosen_prompts, completions=K, seed=seed, stats=stats, **sampling), None
+        elif args.opponent in ("mixture", "self"):  # one pass of the policy serves its own rows and the opponent's
+            beta = args.beta if args.opponent == "mixture" else 0.0
+            both = common.sample(
+                policy, chosen_prompts, completions=K + 1, seed=seed, mixture=(reference, beta), unmixed=K, stats=stats, **sampling
+            )
+            own, others = [group[:K] for group in both], [group[K] for group in both]
+        else:
+            own = common.sample(policy, chosen_prompts, completions=K, seed=seed, stats=stats, **sampling)
+            with ema.in_place_of_policy() if ema else contextlib.nullcontext():
+                others = [group[0] for group in common.sample(policy if ema else reference, chosen_prompts, seed=seed + 1, **sampling)]
+            stats["tokens"] += sum(map(len, others))
+    run.add_tokens("sampling", stats["tokens"])
+
+    with run.phase("judging"):
+        asked = [row.prompt for row in chosen_rows]
+        texts = [[common.decode(tokenizer, c) for c in group] for group in own]
+        flat_asked, flat_texts = [x for x in asked for _ in range(K)], [t for group in texts for t in group]
+        scores = judge.score(flat_asked, flat_texts) if judge.score is not None else None  # (G*K,)
+        if args.objective == "rlhf":
+            preference = scores.view(-1, K)  # (G, K) the reward r(y)
+            baseline = (preference.sum() - preference) / max(1, preference.numel() - 1)  # mean of the batch's other rewards
+        else:
+            # (prompt, sample, its opponent's text); with self-play every other sample of the prompt is an opponent
+            duels = [
+                (g, k, rival)
+                for g, group in enumerate(texts)
+                for k in range(K)
+                for rival in ([common.decode(tokenizer, others[g])] if others else [t for j, t in enumerate(group) if j != k])
+            ]
+            sides = [asked[g] for g, _, _ in duels], [texts[g][k] for g, k, _ in duels], [rival for _, _, rival in duels]
+            p = both_orders(judge, *sides) if args.both_orders else judge.preference(*sides)
+            preference = p.view(len(texts), K, -1).mean(-1)  # (G, K) p(y ≻ y')
+            baseline = torch.full_like(preference, 0.5)
+            if args.baseline == "leave-one-out":
+                baseline = (preference.sum(1, keepdim=True) - preference) / (K - 1)
+    advantage = preference - baseline
+    metrics = {"preference": preference.mean().item(), "advantage_std": advantage.std().item()}
+    if "agreement" in stats:
+        metrics["mixture_agreement"] = stats["agreement"]
+    if scores is not None:
+        metrics["score"] = scores.mean().item()
+    if judge.measure is not None:
+        metrics |= judge.measure(flat_texts)
+    columns = (chosen_rows, chosen_prompts, own, preference.tolist(), baseline.tolist())
+    return [Group(row.id, *rest) for row, *rest in zip(*columns, strict=True)], metrics
+
+
+def train_step(args, policy, reference, optimiser, batch: list[Group], learning_rate: float, ends, device, run, step: int) -> dict:
+    """One optimiser step on G prompts' samples, in micro-batches; returns its metrics."""
+    total = {}
+    parts = common.micro_batches([g.prompt for g in batch], [g.completions for g in batch], args.micro_batch_tokens)
+    for part in parts:
+        groups = [batch[i] for i in part]
+        data = common.collate([g.prompt for g in groups], [g.completions for g in groups], device)
+        preference = torch.tensor([g.preference for g in groups], device=device)  # (G, K)
+        baseline = torch.tensor([g.baseline for g in groups], device=device)  # (G, K)
+        with torch.no_grad():
+            reference_logprobs = common.completion_logprobs(reference, data, args.temperature)  # (G, K, T)
+        logprobs, entropy = common.completion_logprobs(policy, data, args.temperature, entropy=True)  # (G, K, T)
+        rows = [x.flatten(0, 1) for x in (logprobs, reference_logprobs, data.mask, preference, baseline)]  # (G*K, …)
+        loss = nash_md_loss(*rows[:4], args.tau, rows[4])
+        run.stop_unless_finite(step, loss.item(), [g.row_id for g in groups])
+        (loss * len(groups) / len(batch)).backward()
+        run.add_tokens("training", int(data.allowed.diagonal(dim1=1, dim2=2).sum()))
+
+        with torch.no_grad():
+            measured = {
+                "loss": loss,
+                "logps/policy": logprobs.sum(-1).mean(),
+                "logps/reference": reference_logprobs.sum(-1).mean(),
+                "kl": (logprobs - reference_logprobs).sum(-1).mean(),  # unbiased estimate of KL(π ‖ π_ref), nats per reply
+                "entropy": entropy.sum() / data.mask.sum(),
+                "length": data.mask.sum(-1).mean(),
+            }
+            for name, value in measured.items():
+                total[name] = total.get(name, 0.0) + float(value) * len(groups) / len(batch)
+    total["finished"] = sum(c[-1] in ends for g in batch for c in g.completions) / sum(len(g.completions) for g in batch)
+    total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
+    return total
+
+
+if __name__ == "__main__":
+    command_line(main, RECIPES)
