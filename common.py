@@ -419,9 +419,13 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> 
 def _chitchat() -> tuple[list, list]:
     """Utterances of 5 to 25 words and their human replies; every tenth conversation, by hash, is held out."""
     package = optional_import("chitchat_dataset", "chitchat-dataset==0.9.0")
+    with open(
+        Path(package.__file__).parent / "dataset.json", encoding="utf-8"
+    ) as file:  # read with a hook, it takes a quarter of the memory
+        conversations = json.load(file, object_hook=lambda fields: fields.get("text", fields))
     splits = ([], [])
-    for conversation_id, conversation in package.Dataset().items():
-        turns = [" ".join(part["text"] for part in turn) for turn in conversation["messages"]]
+    for conversation_id, conversation in conversations.items():
+        turns = [" ".join(turn) for turn in conversation["messages"]]
         split = splits[int(hashlib.sha256(conversation_id.encode()).hexdigest(), 16) % 10 == 0]
         for i, (prompt, reply) in enumerate(zip(turns, turns[1:], strict=False)):
             if 5 <= len(prompt.split()) <= 25:
@@ -813,9 +817,14 @@ def _draw(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch
     return token.clamp(max=probs.shape[-1] - 1)
 
 
-def left_pad(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (G, P), prompts flush right. The padding id is 0: the mask keeps it from mattering."""
-    P = max(map(len, prompts))
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `n`, and at least 0."""
+    return max(0, -(-n // multiple) * multiple)
+
+
+def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both (G, P), prompts flush right, P a multiple of `multiple`. The padding id is 0: the mask keeps it from mattering."""
+    P = round_up(max(map(len, prompts)), multiple)
     ids = torch.zeros(len(prompts), P, dtype=torch.long)
     mask = torch.zeros(len(prompts), P, dtype=torch.long)
     for i, prompt in enumerate(prompts):
@@ -849,11 +858,12 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
 
         places:     p0 p1 | a0 a1 | b0 b1        source of a0 a1 a2: p1 a0 a1;  of b0 b1 b2: p1 b0 b1
 
-    Prompts with fewer than K completions are filled up with empty ones (mask 0).
+    Prompts with fewer than K completions are filled up with empty ones (mask 0). P is a multiple of 16 and T − 1 of 8: each new
+    shape costs kernels compiled anew and scattered memory, and a few shapes cost a little padding.
     """
     G, K = len(prompts), max(map(len, completions))
-    T = max(1, max(len(c) for group in completions for c in group))
-    prompt_ids, prompt_mask = left_pad(prompts, "cpu")  # (G, P)
+    T = 1 + round_up(max(len(c) for group in completions for c in group) - 1, 8)
+    prompt_ids, prompt_mask = left_pad(prompts, "cpu", multiple=16)  # (G, P)
     P = prompt_ids.shape[1]
     targets = torch.zeros(G, K, T, dtype=torch.long)
     mask = torch.zeros(G, K, T)
@@ -938,9 +948,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, targets, temperature = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        parts = torch.arange(hidden.shape[0]).split(chunk_rows(weight.shape[0]))
+        grad_weight = 0 if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for part in torch.arange(hidden.shape[0]).split(chunk_rows(weight.shape[0])):
+        for part in parts:
             rows = slice(int(part[0]), int(part[-1]) + 1)
             raw = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
             capped = raw if ctx.softcap is None else ctx.softcap * torch.tanh(raw / ctx.softcap)
@@ -951,8 +962,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 delta.mul_(1 - (capped / ctx.softcap) ** 2)
             low = delta.to(weight.dtype)
             grad_hidden[rows] = (low @ weight).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += low.T @ hidden[rows].to(weight.dtype)
+            if grad_weight is not None:  # several chunks add up in float32
+                product = low.T @ hidden[rows].to(weight.dtype)
+                grad_weight = product if len(parts) == 1 else product.float() + grad_weight
             if grad_bias is not None:
                 grad_bias += delta.sum(0)
         to = lambda g: None if g is None else g.to(weight.dtype)  # noqa: E731
@@ -1019,43 +1031,35 @@ class MasterAdamW:
     def __init__(self, model, learning_rate: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
-        self.grads: list[torch.Tensor | None] = [None] * len(self.weights)
+        self.grads = [torch.zeros_like(master) for master in self.masters]  # kept: allocated amid activations they would break up the heap
         fused = self.weights[0].device.type in ("cpu", "cuda")
         self.inner = torch.optim.AdamW(self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
         self._hooks = [p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)]
 
     def _collect(self, i: int) -> Callable:
         def hook(weight):
-            if self.grads[i] is None:
-                self.grads[i] = weight.grad.float()
-            else:
-                self.grads[i] += weight.grad
+            self.grads[i] += weight.grad
             weight.grad = None
 
         return hook
 
+    @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, round into the weights; returns its norm."""
-        grads = [g for g in self.grads if g is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = torch.nn.utils.get_total_norm(self.grads)
         if max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.masters_with(self.grads), max_grad_norm, norm)
-        else:
-            self.masters_with(self.grads)
+            torch._foreach_mul_(self.grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for master, grad in zip(self.masters, self.grads, strict=True):
+            master.grad = grad
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step()
-        for i, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
-            master.grad, self.grads[i] = None, None
+        torch._foreach_zero_(self.grads)
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None
             if weight.data_ptr() != master.data_ptr():
-                weight.data.copy_(master)
+                weight.copy_(master)
         return float(norm)
-
-    def masters_with(self, grads: list) -> list[torch.Tensor]:
-        """The masters, each with its accumulated gradient in `.grad`."""
-        for master, grad in zip(self.masters, grads, strict=True):
-            master.grad = grad
-        return self.masters
 
     def state_dict(self) -> dict:
         """Masters and moments: all that a resumed run needs to continue as if never stopped."""
@@ -1063,9 +1067,10 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore `state_dict()` and round the masters into the model's weights."""
-        for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
-            master.copy_(saved)
-            weight.data.copy_(saved)
+        with torch.no_grad():
+            for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+                weight.copy_(saved)
         self.inner.load_state_dict(state["inner"])
 
     def release(self) -> None:

@@ -139,7 +139,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next step: giving activations back and faulting them in again took 40 % of a CPU step."""
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD
+        glibc.mallopt(-3, 40 * 2**20)  # M_MMAP_THRESHOLD: above the chunks of logits, below gradients of the vocabulary
 
 
 def give_back_freed_memory() -> None:

@@ -72,7 +72,7 @@ class Args:
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback, tldr), hub id, or .jsonl, .jsonl.gz or .parquet file."""
-    num_prompts: int | None = 720
+    num_prompts: int | None = 360
     """Training prompts, each used once an epoch; None is the whole data set."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
@@ -104,10 +104,10 @@ class Args:
     # optimisation
     max_steps: int | None = None
     """Optimiser steps at most; None takes every prompt. The schedule shortens with it."""
-    learning_rate: float = 3e-5
+    learning_rate: float = 6e-5
     """Peak learning rate."""
-    batch_size: int = 16
-    """Pairs in one optimiser step."""
+    batch_size: int = 12
+    """Prompts in one optimiser step."""
     epochs: int = 1
     """Passes over the prompts; each samples anew."""
     warmup_ratio: float = 0.1
@@ -118,7 +118,7 @@ class Args:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 never clips."""
-    micro_batch_tokens: int = 480
+    micro_batch_tokens: int = 256
     """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more compute for far less memory."""
@@ -249,6 +249,7 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model)
     rows, prompts = common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "training prompts")
     eval_rows, eval_prompts = common.encode_rows(tokenizer, eval_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts")
+    del train_rows
     batches = plan_batches(args, len(rows))
     attention = common.choose_attention(args.attention, device, args.max_prompt_length + args.samples_per_prompt * args.max_new_tokens)
     policy = common.load_model(args.model, dtype, device, attention)

@@ -58,7 +58,7 @@ class Args:
     """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
     resume: str | None = None
     """Run folder to continue from its last checkpoint, with the arguments it had."""
-    save_every: int = 20
+    save_every: int = 8
     """Optimiser steps between checkpoints; 0 writes none."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
@@ -74,7 +74,7 @@ class Args:
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback), hub id, or .jsonl, .jsonl.gz or .parquet file."""
-    num_prompts: int | None = 720
+    num_prompts: int | None = 192
     """Training prompts of all iterations together; None is the whole data set."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
@@ -95,7 +95,7 @@ class Args:
     exploration: Literal["selm", "xpo"] = "selm"
     """selm: the paper's term. xpo: arXiv 2405.21046's, α Σ log π(y_s) with y_s from a fixed reference, each pair one answer
     of the policy and one of the reference, sampled anew at every step."""
-    samples_per_prompt: int = 2
+    samples_per_prompt: int = 4
     """K, the policy's own answers to each prompt."""
     offline_responses: bool = False
     """Also rank the data set's chosen and rejected responses as candidates (the paper's recipe, with K = 1)."""
@@ -105,9 +105,9 @@ class Args:
     # optimisation
     max_steps: int | None = None
     """Optimiser steps at most, split evenly over the iterations; None takes every prompt. The schedule shortens with it."""
-    learning_rate: tuple[float, ...] = (3e-5,)
+    learning_rate: tuple[float, ...] = (4e-5,)
     """Peak learning rate of each iteration; the last one given holds for the rest."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Pairs in one optimiser step."""
     epochs: int = 1
     """Passes over each iteration's pairs."""
@@ -119,7 +119,7 @@ class Args:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 never clips."""
-    micro_batch_tokens: int = 480
+    micro_batch_tokens: int = 256
     """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more compute for far less memory."""
@@ -131,7 +131,7 @@ class Args:
     """Sampling temperature; 0 is greedy (needs --offline-responses, as K greedy answers are one and the same)."""
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
-    sample_rows: int = 64
+    sample_rows: int = 128
     """Replies decoded at once."""
 
 
@@ -217,6 +217,7 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model)
     rows, prompts = common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "training prompts")
     eval_rows, eval_prompts = common.encode_rows(tokenizer, eval_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts")
+    del train_rows
     rounds = plan_rounds(args, len(rows))
     steps = sum(r.steps for r in rounds)
     attention = common.choose_attention(args.attention, device, args.max_prompt_length + 3 * args.max_new_tokens)

@@ -1,0 +1,142 @@
+"""Studies: several variants of the scripts, several seeds each, one table and one plot.
+
+    python benchmark/compare.py selm --seeds 3        # SELM against iterative DPO on the default task
+    python benchmark/compare.py ipo --seeds 2         # IPO-MD, online-IPO, online DPO, online SLiC, equal steps
+    python benchmark/compare.py cycle --seeds 2       # who keeps all styles alive under an intransitive judge
+
+Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps commands, commit, versions and every summary,
+STUDY.md the table and STUDY.png the curves. Runs share the machine, one thread each on a CPU: their win rates count, their seconds do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+STUDIES = {  # study: (metric of the plot, {variant: command})
+    "selm": (
+        "score",
+        {
+            "SELM, α = 0.001": "selm.py",
+            "iterative DPO, α = 0": "selm.py --alpha 0",
+            "SELM, α = 0.1": "selm.py --alpha 0.1",
+        },
+    ),
+    "ipo": (
+        "score",
+        {
+            "IPO-MD, β = .125": "ipo_md.py",
+            "online-IPO": "ipo_md.py --beta 0",
+            "online DPO": "ipo_md.py --loss dpo --beta 0 --tau 0.1",
+            "online SLiC": "ipo_md.py --loss slic --beta 0 --tau 0.1",
+        },
+    ),
+    "cycle": (
+        "exploitability",
+        {
+            "Nash-MD, self": "nash_md.py --judge cycle --eval-judge None --opponent self",
+            "Nash-MD, mixture": "nash_md.py --judge cycle --eval-judge None",
+            "IPO-MD": "ipo_md.py --judge cycle --eval-judge None",
+            "online DPO": "ipo_md.py --judge cycle --eval-judge None --loss dpo --beta 0 --tau 0.1",
+        },
+    ),
+}
+COLUMNS = ("win_rate", "eval_judge_win_rate", "score_after", "kl", "distinct_2_after", "length_after", "exploitability_after")
+
+
+def main(study: str, seeds: int = 2, jobs: int = 2, run_dir: str = "runs/compare", flags: str = "") -> None:
+    """Run a study and write its results.
+
+    Args:
+        study: selm, ipo or cycle.
+        seeds: seeds 1 to this number.
+        jobs: runs at once, each with one CPU thread.
+        run_dir: where the run folders go; finished ones are reused.
+        flags: more flags for every run, in one string.
+    """
+    if study not in STUDIES:
+        sys.exit(f"error: no study {study!r}; there are {', '.join(STUDIES)}.")
+    metric, variants = STUDIES[study]
+    runs = [(name, seed, f"{command} --seed {seed} {flags}".strip()) for seed in range(1, seeds + 1) for name, command in variants.items()]
+
+    def run(item) -> tuple[str, int, str, Path]:
+        name, seed, command = item
+        folder = Path(run_dir) / f"{study}-{list(variants).index(name)}-seed{seed}"
+        if not (folder / "summary.json").exists():
+            words = [sys.executable, *command.split(), "--save-every", "0", "--run-dir", run_dir, "--run-name", folder.name]
+            with open(Path(run_dir) / f"{folder.name}.log", "w") as log:
+                done = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+            if done.returncode:
+                print(f"failed: {command}; see {log.name}", file=sys.stderr)
+        print(f"done: {name}, seed {seed}", flush=True)
+        return name, seed, command, folder
+
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    run_dir = str(Path(run_dir).resolve())
+    with ThreadPoolExecutor(jobs) as pool:
+        finished = [item for item in pool.map(run, runs) if (item[3] / "summary.json").exists()]
+    rows, origin = [], {}
+    for name, seed, command, folder in finished:
+        origin = json.loads((folder / "args.json").read_text())
+        curve = [json.loads(line).get(metric) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows.append(
+            {
+                "variant": name,
+                "seed": seed,
+                "command": f"python {command}",
+                "summary": json.loads((folder / "summary.json").read_text()),
+                metric: curve,
+            }
+        )
+    out = ROOT / "benchmark" / "results"
+    keep = {key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")}
+    result = {"command": " ".join(["python", *sys.argv]), **keep, "runs": rows}
+    (out / f"{study}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / f"{study}.md").write_text(table(rows, list(variants)))
+    plot(rows, list(variants), metric, out / f"{study}.png")
+    print((out / f"{study}.md").read_text())
+
+
+def table(rows: list[dict], variants: list[str]) -> str:
+    """Markdown: one line a variant, each cell the seeds' values."""
+    columns = [c for c in COLUMNS if any(row["summary"].get(c) is not None for row in rows)]
+    lines = ["| variant | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in variants:
+        summaries = [row["summary"] for row in rows if row["variant"] == name]
+        cells = [" / ".join(f"{s[c]:.3f}" if s[c] < 10 else f"{s[c]:.1f}" for s in summaries) for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], variants: list[str], metric: str, path: Path) -> None:
+    """The metric over steps: a thin line a seed, a thick one their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for i, name in enumerate(variants):
+        curves = [row[metric] for row in rows if row["variant"] == name]
+        for curve in curves:
+            axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.8)
+        if curves:
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
+            axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=name)
+    axis.set_xlabel("optimiser step")
+    axis.set_ylabel({"score": "judge's score of the sampled replies"}.get(metric, metric))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
