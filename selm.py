@@ -420,9 +420,9 @@ def collect(args, this: Round, rows, prompts, policy, reference, tokenizer, samp
 
 
 def rank(matrix: torch.Tensor) -> tuple[int, int, bool]:
-    """Best and worst candidate by mean preference against the others, and whether all tie; (K, K) matrix of p(i ≻ j)."""
+    """Best and worst candidate by mean preference against the others, and whether all tie in it; (K, K) matrix of p(i ≻ j)."""
     wins = (matrix.sum(1) - 0.5) / (len(matrix) - 1)  # (K,)
-    return int(wins.argmax()), int(wins.argmin()), bool((matrix == 0.5).all())
+    return int(wins.argmax()), int(wins.argmin()), bool(wins.max() == wins.min())
 
 
 def batches_of(pairs: list[Pair], args: Args, this: Round) -> list[list[Pair]]:
