@@ -72,7 +72,7 @@ class Args:
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback, tldr), hub id, or .jsonl, .jsonl.gz or .parquet file."""
-    num_prompts: int | None = 360
+    num_prompts: int | None = 288
     """Training prompts, each used once an epoch; None is the whole data set."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
