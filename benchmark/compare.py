@@ -26,7 +26,6 @@ STUDIES = {  # study: (metric of the plot, {variant: command})
         {
             "SELM, α = 0.001": "selm.py",
             "iterative DPO, α = 0": "selm.py --alpha 0",
-            "SELM, α = 0.1": "selm.py --alpha 0.1",
         },
     ),
     "ipo": (
