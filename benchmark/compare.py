@@ -50,7 +50,7 @@ STUDIES = {  # study: (metric of the plot, {variant: command})
 COLUMNS = ("win_rate", "eval_judge_win_rate", "score_after", "kl", "distinct_2_after", "length_after", "exploitability_after")
 
 
-def main(study: str, seeds: int = 2, jobs: int = 2, run_dir: str = "runs/compare", flags: str = "") -> None:
+def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 2, run_dir: str = "runs/compare", flags: str = "") -> None:
     """Run a study and write its results.
 
     Args:
