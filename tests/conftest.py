@@ -37,4 +37,5 @@ def flags(world, tmp_path):
         "--max-new-tokens=6",
         "--eval-prompts=16",
         "--batch-size=8",
+        "--micro-batch-tokens=4096",
     ]

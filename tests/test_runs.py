@@ -65,6 +65,7 @@ def test_alpha_zero_has_the_metrics_of_a_dpo_run_written_apart(world, flags, tmp
         "--num-prompts=40",
         "--learning-rate=0.003",
         "--alpha=0",
+        "--samples-per-prompt=2",
         "--beta=0.2",
         "--warmup-ratio=0",
         "--seed=7",
@@ -167,7 +168,15 @@ def test_own_answer_in_a_pair_costs_no_forward_pass(world, flags, monkeypatch, t
             "completion_logprobs",
             lambda model, batch, *a, **k: count.append(batch.input_ids.numel()) or original(model, batch, *a, **k),
         )
-        start(*flags, f"--run-name=a{alpha}", "--max-steps=3", "--num-prompts=48", f"--alpha={alpha}", "--learning-rate=1e-12")
+        start(
+            *flags,
+            f"--run-name=a{alpha}",
+            "--max-steps=3",
+            "--num-prompts=48",
+            f"--alpha={alpha}",
+            "--samples-per-prompt=2",
+            "--learning-rate=1e-12",
+        )
         monkeypatch.setattr(common, "completion_logprobs", original)
         seen[alpha] = sum(count)
 
@@ -213,7 +222,7 @@ def test_nan_loss_stops_with_step_and_rows(world, flags, tmp_path, capsys, monke
     original = selm.selm_loss
     monkeypatch.setattr(selm, "selm_loss", broken)
     with pytest.raises(SystemExit) as stop:
-        start(*flags, "--run-name=x", "--save-every=2", "--num-prompts=60", "--iterations=1")
+        start(*flags, "--run-name=x", "--save-every=2", "--num-prompts=60", "--iterations=1", "--alpha=0")
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "step 4: the loss is nan. Rows of this batch: prompts.jsonl:" in message and "Traceback" not in message
     assert torch.load(tmp_path / "x/checkpoint/state.pt", weights_only=True)["step"] == 2

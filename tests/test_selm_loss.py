@@ -64,7 +64,5 @@ def test_rank_by_mean_preference():
     p = torch.tensor([[0.5, 0.9, 0.4], [0.1, 0.5, 0.2], [0.6, 0.8, 0.5]])
     assert rank(p) == (2, 1, False)
     assert rank(torch.full((3, 3), 0.5))[2]
-    cycle = torch.tensor(
-        [[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]]
-    )
+    cycle = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])
     assert rank(cycle)[2]  # none is better on average: no best and worst to tell apart
