@@ -136,14 +136,14 @@ def _glibc():
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next step: giving activations back and faulting them in again took 40 % of a CPU step."""
+    """Tell glibc to keep freed memory within a step: giving activations back and faulting them in again costs a large part of a CPU step."""
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         glibc.mallopt(-3, 40 * 2**20)  # M_MMAP_THRESHOLD: above the chunks of logits, below gradients of the vocabulary
 
 
 def give_back_freed_memory() -> None:
-    """Between phases, whose buffers differ in size, hand freed memory back to the system, so that peaks do not add up."""
+    """Before each phase, whose buffers differ in size from the last one's, hand freed memory back, so that peaks do not add up."""
     if glibc := _glibc():
         glibc.malloc_trim(0)
 
@@ -199,7 +199,6 @@ class Run:
         self.started = time.perf_counter()
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.phase_tokens: dict[str, int] = defaultdict(int)
-        self.last_phase = ""
         self.bar: tqdm | None = None
         self.writer = self.wandb = None
 
@@ -228,9 +227,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str):
         """Time a part of the work; `add_tokens(name, n)` beside it gives tokens per second."""
-        if name != self.last_phase:
-            give_back_freed_memory()
-        self.last_phase = name
+        give_back_freed_memory()
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
