@@ -224,7 +224,7 @@ def hub_errors(flag: str, name: str):
         causes = [error, error.__cause__, error.__context__]
         text = " ".join(str(cause) for cause in causes if cause)
         if Path(name).is_dir():
-            raise UserError(f"{flag} {name}: the folder could not be loaded: {error}") from error
+            raise UserError(f"{flag} {name}: the folder could not be loaded: {str(error).strip().splitlines()[0]}") from error
         if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in text:
             raise UserError(
                 f"{flag} {name}: the hub says this repository is gated. Accept its licence on its page, then set HF_TOKEN "
@@ -232,11 +232,11 @@ def hub_errors(flag: str, name: str):
             ) from error
         if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "not a valid model identifier" in text:
             raise UserError(
-                f"{flag} {name}: no such repository on the hub (or it is private: set HF_TOKEN). {near(name, HUB_MODELS.values())}"
+                f"{flag} {name}: no such repository on the hub (or it is private: set HF_TOKEN). {near(name, HUB_MODELS.values()) if flag == '--model' else ''}".rstrip()
             ) from error
         raise UserError(
             f"{flag} {name}: could not be loaded from the hub ({str(error).strip().splitlines()[0]}). "
-            "Without a network give a local folder, or --model smollm2-135m, which needs no hub."
+            f"Without a network give a local folder, or {flag} {'sentiment' if 'judge' in flag else EMBEDDED_MODEL}, which needs no hub."
         ) from error
 
 

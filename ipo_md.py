@@ -38,6 +38,7 @@ class Args:
     """Online-IPO, IPO-MD, online DPO and online SLiC (arXiv 2403.08635).
 
     python ipo_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
+
     python ipo_md.py --model pythia-1b-tldr --judge hf:ID   summarisation, the paper's task, on one GPU
 
     --model NAME also sets the recipe's other values, shown as the defaults below; flags given by hand win.

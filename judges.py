@@ -120,7 +120,7 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     import transformers
 
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
-    with hub_errors(f"{flag} hf:", name):
+    with hub_errors(flag, name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
         model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype="auto").to(device).eval()
     labels = model.config.num_labels

@@ -38,6 +38,7 @@ class Args:
     """Nash-MD-PG, Nash-EMA-PG, self-play, best response and RLHF policy gradient (arXiv 2312.00886).
 
     python nash_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
+
     python nash_md.py --model pythia-1b-tldr --judge hf:ID   summarisation, the paper's task, on one GPU
 
     --model NAME also sets the recipe's other values, shown as the defaults below; flags given by hand win.

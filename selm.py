@@ -40,6 +40,7 @@ class Args:
     """SELM: Self-Exploring Language Models (arXiv 2405.19332), with iterative DPO as its alpha 0.
 
     python selm.py                                  learns on a laptop in minutes, needs no GPU and no model hub
+
     python selm.py --model llama3-8b --judge hf:ID  the paper's Llama recipe on one GPU
 
     --model NAME also sets the recipe's other values, shown as the defaults below; flags given by hand win.

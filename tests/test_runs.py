@@ -259,6 +259,29 @@ def test_bad_input_is_one_clear_message(flags, tmp_path, capsys, extra, message)
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "raised,message",
+    [
+        ("You are trying to access a gated repo.\nMake sure to have access", "gated. Accept its licence on its page, then set HF_TOKEN"),
+        ("org/x is not a local folder and is not a valid model identifier listed on the hub", "no such repository on the hub"),
+        (
+            "We couldn't connect to the hub\nCheck your connection",
+            "could not be loaded from the hub .*local folder, or --model smollm2-135m",
+        ),
+    ],
+)
+def test_hub_models_that_cannot_be_had(flags, monkeypatch, capsys, raised, message):
+    def refuse(*_, **__):
+        raise OSError(raised)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(SystemExit) as stop:
+        start(*flags, "--model=org/x")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error, re.S), error
+    assert len(error.strip().splitlines()) <= 2
+
+
 def test_existing_run_folder_is_never_written_over(flags, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "precious").write_text("mine")
