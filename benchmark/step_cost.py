@@ -36,16 +36,16 @@ class Quiet:
         pass
 
 
-def in_turn(variants: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each callable, called in turn `rounds` times after one warm-up round."""
+def in_turn(variants: dict, rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each callable, called in turn `rounds` times after `warmup` rounds that do not count."""
     times = {name: [] for name in variants}
-    for i in range(rounds + 1):
+    for i in range(warmup + rounds):
         for name, call in variants.items():
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if i:
+            if i >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -92,11 +92,12 @@ def main(
 
     reference = common.load_model(model, dtype, where, attention)
     rng = random.Random(1)
-    prompts = [[rng.randrange(5, 40_000) for _ in range(50)] for _ in range(32)]
+    prompts = [[rng.randrange(5, 40_000) for _ in range(50)] for _ in range(16)]
+    common.sample(policy, prompts, [-1], max_new_tokens=8, seed=0, mixture=(reference, 0.125))  # warm up
     sampling = {}
     for length in (32, 64, 128):
         draw = lambda mixture=None, length=length: common.sample(policy, prompts, [-1], max_new_tokens=length, seed=0, mixture=mixture)  # noqa: E731
-        sampling[length] = in_turn({"policy": draw, "mixture": lambda draw=draw: draw((reference, 0.125))}, max(1, rounds // 2))
+        sampling[length] = in_turn({"policy": draw, "mixture": lambda draw=draw: draw((reference, 0.125))}, max(1, rounds // 2), warmup=0)
 
     result = {
         "command": " ".join(["python", *sys.argv]),
