@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
 from judges import load_judge, preference_matrix
@@ -238,7 +239,7 @@ def main(args: Args) -> None:
     run = Run("ipo_md", args, len(batches))
     run.create()
     state = run.restore()
-    optimiser = common.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
+    optimiser = optimization.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
     if state:
         optimiser.load_state_dict(state["optimiser"])
     for step in range(state["step"] + 1 if state else 1, len(batches) + 1):
@@ -247,7 +248,7 @@ def main(args: Args) -> None:
         batch, metrics = collect(args, batches[step - 1], seed, rows, prompts, policy, reference, tokenizer, sampling, judge, run)
 
         # 3. Log-probs, loss, step.
-        learning_rate = common.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
+        learning_rate = optimization.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
         with run.phase("training"):
             metrics |= train_step(args, policy, reference, optimiser, batch, learning_rate, ends, device, run, step)
         metrics |= {"learning_rate": learning_rate, **run.throughput()}

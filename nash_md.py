@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 
 import common
+import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
 from judges import both_orders, load_judge
@@ -201,7 +202,7 @@ def nash_md_loss(
 class EMA:
     """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight."""
 
-    def __init__(self, optimiser: common.MasterAdamW, decay: float):
+    def __init__(self, optimiser: optimization.MasterAdamW, decay: float):
         self.optimiser, self.decay = optimiser, decay
         self.weights = [master.clone() for master in optimiser.masters]
 
@@ -264,7 +265,7 @@ def main(args: Args) -> None:
     run = Run("nash_md", args, len(batches))
     run.create()
     state = run.restore()
-    optimiser = common.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
+    optimiser = optimization.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
     ema = EMA(optimiser, args.ema_decay) if args.opponent == "ema" and args.objective == "nash" else None
     if state:
         optimiser.load_state_dict(state["optimiser"])
@@ -276,7 +277,7 @@ def main(args: Args) -> None:
         batch, metrics = collect(args, batches[step - 1], seed, rows, prompts, policy, reference, ema, tokenizer, sampling, judge, run)
 
         # 3. Log-probs, policy gradient, step.
-        learning_rate = common.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
+        learning_rate = optimization.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
         with run.phase("training"):
             metrics |= train_step(args, policy, reference, optimiser, batch, learning_rate, ends, device, run, step)
             if ema:

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
 from judges import load_judge, preference_matrix
@@ -244,7 +245,7 @@ def main(args: Args) -> None:
         if optimiser is None or this.iteration != rounds[number - 1].iteration:
             if optimiser is not None:
                 optimiser.release()
-            optimiser = common.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
+            optimiser = optimization.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
             iteration_steps = sum(r.steps for r in rounds if r.iteration == this.iteration)
             iteration_start = step
         if resumed:
@@ -273,7 +274,7 @@ def main(args: Args) -> None:
                 continue
             step += 1
             planned = iteration_steps if args.exploration == "xpo" else len(batches)
-            learning_rate = common.learning_rate_at(
+            learning_rate = optimization.learning_rate_at(
                 step - 1 - iteration_start,
                 planned,
                 args.learning_rate[min(max(this.iteration, 1), len(args.learning_rate)) - 1],

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import experiment  # noqa: E402
+import optimization  # noqa: E402
 import selm  # noqa: E402
 
 
@@ -79,7 +80,7 @@ def main(
     attention = common.choose_attention("auto", where, 128)
     args = replace(selm.RECIPES["smollm2-135m"], batch_size=16)
     policy = common.make_trainable(common.load_model(model, dtype, where, attention), 0, 0, False)
-    optimiser = common.MasterAdamW(policy, 0.0)
+    optimiser = optimization.MasterAdamW(policy, 0.0)
 
     def step(alpha, third=0.0):
         pairs = make_pairs(random.Random(0), args.batch_size, alpha, third)

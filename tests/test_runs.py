@@ -12,6 +12,7 @@ from running import metrics_of, resumed_equals_uninterrupted, summary_of
 from running import start as start_script
 
 import common
+import optimization
 import selm
 from experiment import win_rate_interval
 from judges import load_judge
@@ -200,7 +201,7 @@ def test_small_learning_rates_survive_bfloat16():
     runs = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.model(24, seed=0).to(dtype).requires_grad_(True)
-        optimiser = common.MasterAdamW(model, 0.0)
+        optimiser = optimization.MasterAdamW(model, 0.0)
         batch = common.collate([[5, 6, 7]], [[[4, 5, 3]]], "cpu")
         first = [p.detach().clone().float() for p in model.parameters()]
         for _ in range(200):
