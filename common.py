@@ -38,6 +38,8 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
+import synthetic
+
 Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "content": ...}, ...]
 
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +241,10 @@ def hub_errors(flag: str, name: str):
 
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
-    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa."""
+    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa.
+
+    Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not see each other, are none.
+    """
     if attention != "auto":
         return attention
     return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
@@ -251,13 +256,16 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
     `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded, or if its
     logits are not what `completion_logprobs` computes from its hidden states.
     """
-    source = model_source(name)
-    with hub_errors("--model", name):
-        config = transformers.AutoConfig.from_pretrained(source)
-        for key, value in vars(config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
+    if name.startswith(synthetic.PREFIX):
+        model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, attention)
+    else:
+        source = model_source(name)
+        with hub_errors("--model", name):
+            config = transformers.AutoConfig.from_pretrained(source)
+            for key, value in vars(config).items():
+                if "drop" in key and isinstance(value, float):
+                    setattr(config, key, 0.0)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
         ids = torch.arange(4, device=device)[None] + 5
@@ -272,6 +280,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
 
 def load_tokenizer(name: str):
     """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of its own)."""
+    if name.startswith(synthetic.PREFIX):
+        return synthetic.Tokenizer(synthetic.config(name.removeprefix(synthetic.PREFIX)).vocab_size)
     with hub_errors("--model", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name))
     if tokenizer.pad_token_id is None:
@@ -308,18 +318,29 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
 
 
 def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool):
-    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter (float32, every linear layer) on frozen weights."""
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights.
+
+    The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32 copy of every layer's input.
+    """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only; every dropout is 0 already
     if lora_rank == 0:
         return model.requires_grad_(True)
     peft = optional_import("peft", "'cleanalign[lora]'")
     config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    policy = peft.get_peft_model(model, config)
-    if gradient_checkpointing:
-        policy.enable_input_require_grads()
-    return policy
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def checkpointing(model):
+    """Context in which a model made with gradient checkpointing does checkpoint: transformers' training mode.
+
+    Only where a gradient is wanted: in training mode such a model ignores its caches. Nothing else changes, as every dropout is 0.
+    """
+    inner = base_model(model)
+    inner.train(torch.is_grad_enabled())
+    yield
+    inner.eval()
 
 
 class LoraReference:
@@ -383,7 +404,9 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> 
     `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError` for what cannot be read or used.
     """
     test_raw = None
-    if spec == "chitchat":
+    if spec.startswith(synthetic.PREFIX):
+        train_raw = _random_rows(*map(int, spec.removeprefix(synthetic.PREFIX).split(":")))
+    elif spec == "chitchat":
         train_raw, test_raw = _chitchat()
     elif spec in HUB_DATASETS:
         name, train_split, test_split = HUB_DATASETS[spec]
@@ -412,6 +435,13 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> 
     require(bool(train), f"--dataset {spec}: no row is left for training.")
     require(bool(test), f"--dataset {spec}: no row is left to hold out.")
     return train, test
+
+
+def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
+    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can be."""
+    for i in range(count):
+        lengths = {"prompt": prompt_tokens, "chosen": response_tokens, "rejected": response_tokens, "response": response_tokens}
+        yield f"random:{i}", {column: synthetic.text(length, column, i) for column, length in lengths.items()}
 
 
 def _chitchat() -> tuple[list, list]:
@@ -851,6 +881,8 @@ class Batch:
     source: torch.Tensor  # (K, T) index into L of the position that predicts each completion token
     targets: torch.Tensor  # (G, K, T) the completions' token ids
     mask: torch.Tensor  # (G, K, T) float, 1 = counts
+    tokens: int  # of the G·L places, those that hold a token; the rest is padding
+    scored: int  # completion tokens, each of which gets a log-prob
 
 
 def collate(prompts: list[list[int]], completions: list[list[list[int]]], device) -> Batch:
@@ -884,7 +916,14 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
     allowed = structure & real[:, None, :]
     source = P + torch.arange(K)[:, None] * (T - 1) + torch.arange(T) - 1  # (K, T)
     source[:, 0] = P - 1
-    return Batch(*(x.to(device) for x in (input_ids, allowed, position_ids, source, targets, mask)))
+    tensors = (x.to(device) for x in (input_ids, allowed, position_ids, source, targets, mask))
+    return Batch(*tensors, *count_tokens(prompts, completions))
+
+
+def count_tokens(prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[int, int]:
+    """Tokens a forward pass over these computes, every prompt once and each completion but its last token; and those it scores."""
+    lengths = [len(c) for group in completions for c in group]
+    return sum(map(len, prompts)) + sum(max(n - 1, 0) for n in lengths), sum(lengths)
 
 
 def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor = 1.0, entropy: bool = False):
@@ -902,14 +941,15 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     weight, bias, softcap = head(model)
     additive = torch.zeros(batch.allowed.shape, dtype=weight.dtype, device=weight.device)
     additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
-    with adapter_switch(model):
+    with adapter_switch(model), checkpointing(model):
         out = backbone(model)(input_ids=batch.input_ids, attention_mask=additive[:, None], position_ids=batch.position_ids, use_cache=False)
     hidden = out.last_hidden_state[:, batch.source.flatten()].view(G, K, T, -1)
     counted = batch.mask.bool()
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((G, K), float(temperature), device=weight.device)
     per_token = temperature.to(weight.device)[:, :, None].expand(G, K, T)[counted]
-    logprobs, entropies = _TokenLogprobs.apply(hidden[counted], weight, bias, batch.targets[counted], per_token, softcap, entropy)
+    divisor = None if (per_token == 1).all() else per_token[:, None]  # (N, 1): a division of (N, V) logits by 1 is a pass over memory
+    logprobs, entropies = _TokenLogprobs.apply(hidden[counted], weight, bias, batch.targets[counted], divisor, softcap, entropy)
     result = torch.zeros(G, K, T, device=weight.device).masked_scatter(counted, logprobs)
     if not entropy:
         return result
@@ -921,57 +961,71 @@ def _head_logits(hidden, weight, bias, softcap):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of a (rows, V) float32 chunk of logits: 32 MB on any vocabulary."""
-    return max(16, 2**23 // vocabulary)
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of a (rows, V) float32 chunk of logits: 128 MB of them on a CPU, 512 MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better."""
+    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden Wᵀ / temperature)[target] for N tokens, in chunks, recomputed in backward."""
+    """log softmax(hidden Wᵀ / temperature)[target] for N tokens, in chunks, recomputed in backward.
+
+    The work on (n, V) chunks is bound by memory, not arithmetic, so it is done in place and in as few passes as can be.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, entropy):
         N = hidden.shape[0]
-        logprobs = torch.empty(N, device=hidden.device)
+        logprobs, normalizers = (torch.empty(N, device=hidden.device) for _ in range(2))
         entropies = torch.zeros(N, device=hidden.device)
-        for part in torch.arange(N).split(chunk_rows(weight.shape[0])):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            logits = _head_logits(hidden[rows], weight, bias, softcap).float().div_(temperature[rows, None])  # (n, V)
-            normalizer = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - normalizer
-            if entropy:
-                probs = (logits - normalizer[:, None]).exp_()
-                entropies[rows] = normalizer - probs.mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature)
+        for rows in _chunks(N, weight):
+            logits = _head_logits(hidden[rows], weight, bias, softcap).float()  # (n, V)
+            if temperature is not None:
+                logits.div_(temperature[rows])
+            greatest = logits.amax(-1, keepdim=True)
+            exponentials = (logits - greatest).exp_()
+            total = exponentials.sum(-1)
+            normalizers[rows] = total.log() + greatest[:, 0]
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - normalizers[rows]
+            if entropy:  # log Z − Σ p · logit
+                entropies[rows] = normalizers[rows] - torch.linalg.vecdot(exponentials, logits) / total
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature, normalizers)
         ctx.softcap = softcap
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, bias, targets, temperature = ctx.saved_tensors
+        hidden, weight, bias, targets, temperature, normalizers = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
-        parts = torch.arange(hidden.shape[0]).split(chunk_rows(weight.shape[0]))
-        grad_weight = 0 if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for part in parts:
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            raw = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
-            capped = raw if ctx.softcap is None else ctx.softcap * torch.tanh(raw / ctx.softcap)
-            delta = torch.softmax(capped / temperature[rows, None], -1).neg_()  # d log p / d logit = 1[target] − p
-            delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
-            delta.mul_((grad[rows] / temperature[rows])[:, None])
-            if ctx.softcap is not None:
-                delta.mul_(1 - (capped / ctx.softcap) ** 2)
+        grad_weight = grad_bias = None
+        for rows in _chunks(len(hidden), weight):
+            logits = _head_logits(hidden[rows], weight, bias, ctx.softcap).float()  # (n, V)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft cap
+            scale = grad[rows, None]
+            if temperature is not None:
+                logits.div_(temperature[rows])
+                scale = scale / temperature[rows]
+            delta = logits.sub_(normalizers[rows, None]).exp_().mul_(-scale)  # d log p / d logit = 1[target] − p
+            delta.scatter_add_(-1, targets[rows, None], scale)
+            if slope is not None:
+                delta.mul_(slope)
             low = delta.to(weight.dtype)
             grad_hidden[rows] = (low @ weight).to(hidden.dtype)
-            if grad_weight is not None:  # several chunks add up in float32
-                product = low.T @ hidden[rows].to(weight.dtype)
-                grad_weight = product if len(parts) == 1 else product.float() + grad_weight
-            if grad_bias is not None:
-                grad_bias += delta.sum(0)
+            if ctx.needs_input_grad[1]:
+                product = low.T @ hidden[rows].to(weight.dtype)  # (V, D)
+                if grad_weight is None:
+                    grad_weight = product if rows.stop == len(hidden) else product.float()
+                else:  # several chunks add up in float32
+                    grad_weight.add_(product)
+            if ctx.needs_input_grad[2]:
+                grad_bias = delta.sum(0) if grad_bias is None else grad_bias.add_(delta.sum(0))
         to = lambda g: None if g is None else g.to(weight.dtype)  # noqa: E731
         return grad_hidden, to(grad_weight), to(grad_bias), None, None, None, None
+
+
+def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
+    size = chunk_rows(weight.shape[0], weight.device)
+    return (slice(start, min(start + size, N)) for start in range(0, N, size))
 
 
 @torch.no_grad()
