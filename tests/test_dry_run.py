@@ -158,7 +158,6 @@ def test_out_of_memory_is_advice(flags, monkeypatch, capsys, error):
     for flag in (
         "--micro-batch-tokens 2048",
         "--gradient-checkpointing",
-        "--lora-rank 32",
         "--optimizer-states bfloat16",
         "--sample-rows 64",
     ):
