@@ -4,7 +4,8 @@
     --judge polarity           TextBlob's polarity, an independent lexicon; p as above
     --judge cycle              question ≻ exclamation ≻ statement ≻ question: no scalar can express it
     --judge hf:ID              a sequence-classification reward model with its own tokenizer; p = σ(r(a) − r(b))
-    --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; need not come from any scalar
+    --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; need not come from any scalar.
+                               Or a reward f(prompts, replies) -> r for each; p = σ(r(a) − r(b))
 
 Judges see text, batched. Nothing forces a judge through a scalar: ask `preference`, or `preference_matrix` for
 more than two candidates; `score` is None where there is no scalar.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +168,11 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
 
 
 def function_judge(spec: str, flag: str = "--judge") -> Judge:
-    """`FILE.py:FUNCTION`, f(prompts: list[str], a: list[str], b: list[str]) -> sequence of p(a ≻ b), checked on every call."""
+    """`FILE.py:FUNCTION`, f(prompts: list[str], a: list[str], b: list[str]) -> sequence of p(a ≻ b), checked on every call.
+
+    A function of two arguments, f(prompts, replies) -> sequence of rewards, makes a judge with a scalar. An attribute `measure` of
+    the function, replies -> {name: value}, is the judge's own.
+    """
     path, _, name = spec.rpartition(":")
     require(Path(path).is_file(), f"{flag} {spec}: no file {path}.")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -179,25 +185,35 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
     offered = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
     require(callable(function), f"{flag} {spec}: no function {name!r} in {path}, which has {', '.join(offered) or 'none'}.")
 
-    def preference(prompts, a, b):
+    scalar = len(inspect.signature(function).parameters) == 2
+
+    def ask(prompts, *replies) -> list:
         texts = [prompt_text(prompt) for prompt in prompts]
         try:
-            answer = list(function(texts, list(a), list(b)))
+            answer = list(function(texts, *map(list, replies)))
         except Exception as error:
             where = _line_in(path, error)
             raise UserError(f"{flag} {spec}: raised {type(error).__name__}: {error}{where}") from error
-        require(len(answer) == len(a), f"{flag} {spec}: returned {len(answer)} values for {len(a)} pairs; one p(a ≻ b) for each is needed.")
-        for i, p in enumerate(answer):
+        what = "one reward for each is needed" if scalar else "one p(a ≻ b) for each is needed"
+        require(len(answer) == len(texts), f"{flag} {spec}: returned {len(answer)} values for {len(texts)}; {what}.")
+        for i, value in enumerate(answer):
             try:
-                inside = 0.0 <= float(p) <= 1.0
+                fine = math.isfinite(value) if scalar else 0.0 <= float(value) <= 1.0
             except (TypeError, ValueError):
-                inside = False
+                fine = False
+            shown = " and ".join(repr(column[i][:60]) for column in replies)
             require(
-                inside, f"{flag} {spec}: value {i} is {p!r}; a preference lies in [0, 1]. Its replies: {a[i][:60]!r} and {b[i][:60]!r}."
+                fine,
+                f"{flag} {spec}: value {i} is {value!r}; {'a reward is a number' if scalar else 'a preference lies in [0, 1]'}. For: {shown}.",
             )
-        return torch.tensor([float(p) for p in answer])
+        return [float(value) for value in answer]
 
-    return Judge(spec, preference)
+    measure = getattr(function, "measure", None)
+    if scalar:
+        judge = scalar_judge(spec, lambda prompts, replies: torch.tensor(ask(prompts, replies)))
+        judge.measure = measure
+        return judge
+    return Judge(spec, lambda prompts, a, b: torch.tensor(ask(prompts, a, b)), measure=measure)
 
 
 def _line_in(path: str, error: BaseException) -> str:

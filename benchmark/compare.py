@@ -44,6 +44,8 @@ STUDIES = {  # study: (metric of the plot, {variant: command})
             "Nash-MD, mixture": "nash_md.py --judge cycle --eval-judge None",
             "IPO-MD": "ipo_md.py --judge cycle --eval-judge None",
             "online DPO": "ipo_md.py --judge cycle --eval-judge None --loss dpo --beta 0 --tau 0.1",
+            # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
+            "RLHF": "nash_md.py --objective rlhf --judge benchmark/cycle_reward.py:reward --eval-judge cycle",
         },
     ),
 }
