@@ -249,6 +249,15 @@ def choose_attention(attention: str, device: torch.device, longest: int) -> str:
     return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
 
 
+def without_dropout(source: str):
+    """The transformers config of a folder or hub id, every dropout 0."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> torch.nn.Module:
     """Causal language model for a `--model` value: weights in `dtype`, every dropout 0, on `device`, frozen.
 
@@ -257,10 +266,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
     """
     source = model_source(name)
     with hub_errors("--model", name):
-        config = transformers.AutoConfig.from_pretrained(source)
-        for key, value in vars(config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
+        config = without_dropout(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
@@ -311,15 +317,15 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
     return projection.weight, getattr(projection, "bias", None), getattr(inner.config, "final_logit_softcapping", None)
 
 
-def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool):
-    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter (float32, every linear layer) on frozen weights."""
+def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool, task: str = "CAUSAL_LM"):
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter (float32, every linear layer) on frozen weights. `task` is peft's."""
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; every dropout is 0 already
     if lora_rank == 0:
         return model.requires_grad_(True)
     peft = optional_import("peft", "'cleanalign[lora]'")
-    config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
     policy = peft.get_peft_model(model, config)
     if gradient_checkpointing:
         policy.enable_input_require_grads()

@@ -186,6 +186,7 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
     require(callable(function), f"{flag} {spec}: no function {name!r} in {path}, which has {', '.join(offered) or 'none'}.")
 
     scalar = len(inspect.signature(function).parameters) == 2
+    kind, one = ("replies", "reward") if scalar else ("pairs", "p(a ≻ b)")
 
     def ask(prompts, *replies) -> list:
         texts = [prompt_text(prompt) for prompt in prompts]
@@ -194,8 +195,10 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
         except Exception as error:
             where = _line_in(path, error)
             raise UserError(f"{flag} {spec}: raised {type(error).__name__}: {error}{where}") from error
-        what = "one reward for each is needed" if scalar else "one p(a ≻ b) for each is needed"
-        require(len(answer) == len(texts), f"{flag} {spec}: returned {len(answer)} values for {len(texts)}; {what}.")
+        require(
+            len(answer) == len(texts),
+            f"{flag} {spec}: returned {len(answer)} values for {len(texts)} {kind}; one {one} for each is needed.",
+        )
         for i, value in enumerate(answer):
             try:
                 fine = math.isfinite(value) if scalar else 0.0 <= float(value) <= 1.0

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
+import torch  # noqa: E402
 
-import common
-import experiment
-from judges import STYLES, cycle_measure, cycle_preference, style
+import common  # noqa: E402
+import experiment  # noqa: E402
+from judges import STYLES, cycle_measure, cycle_preference, style  # noqa: E402
 
 FITTED = ROOT / "benchmark" / "results" / "cycle_reward.json"
 

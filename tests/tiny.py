@@ -54,14 +54,16 @@ def folder(path: Path, chat: bool = True, seed: int = 0, **overrides) -> str:
     return str(path)
 
 
-def prompts_file(path: Path, rows: int = 80, pairs: bool = False) -> str:
-    """A JSONL of distinct short prompts, with chosen and rejected responses if `pairs`."""
+def prompts_file(path: Path, rows: int = 80, pairs: bool = False, responses: bool = False) -> str:
+    """A JSONL of distinct short prompts, with chosen and rejected responses if `pairs`, with demonstrations full of good words if `responses`."""
     lines = []
     for i in range(rows):
         prompt = f"{WORDS[i % 30]} {WORDS[(i // 30) % 30]} {WORDS[(i * 7) % 30]}"
         row = {"prompt": prompt}
         if pairs:
             row |= {"chosen": f"good {WORDS[i % 30]}", "rejected": f"bad {WORDS[(i + 5) % 30]}"}
+        if responses:
+            row["response"] = " ".join(["good", "sun", "like", "we", "fine", "sea"][(i + j) % 6] for j in range(2 + i % 4))
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
     return str(path)
@@ -75,6 +77,9 @@ GOOD = {"good", "fine", "yes", "like", "sun", "sea", "we"}
 def more_good(prompts, a, b):
     count = lambda text: sum(word in GOOD for word in text.split())
     return [1 / (1 + math.exp(-2 * (count(x) - count(y)))) for x, y in zip(a, b)]
+
+def goodness(prompts, replies):
+    return [float(sum(word in GOOD for word in text.split())) for text in replies]
 
 def wrong_length(prompts, a, b):
     return [0.5]
