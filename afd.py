@@ -36,6 +36,7 @@ import transformers
 from tqdm import tqdm
 
 import common
+import optimization
 from best_of_n import compare_rankers, write_report
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
@@ -61,7 +62,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto is cuda, else mps, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. Optimiser state is float32 in any case."""
+    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps: --optimizer-states."""
     run_dir: str = "runs"
     """Folder that holds the run folders."""
     run_name: str | None = None
@@ -72,6 +73,8 @@ class Args:
     """Optimiser steps between checkpoints; 0 writes none within a stage. A finished stage is always kept."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
+    dry_run: bool = False
+    """Rehearse one step of SFT at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -84,7 +87,7 @@ class Args:
     """Rank of a LoRA adapter on every linear layer, in every stage; 0 trains all weights."""
     lora_alpha: int = 64
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, hh-harmless, hh-helpful), hub id, or .jsonl, .jsonl.gz or .parquet file."""
@@ -170,6 +173,8 @@ class Args:
     """Share of a stage's steps over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Learning rate after the warm-up, within a stage."""
+    optimizer_states: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -305,8 +310,7 @@ class Context:
         """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads them."""
         file = self.run.folder / "replies" / f"{name}.json"
         if not file.exists():
-            with self.run.phase("sampling"):
-                replies = self.draw(model, split.prompts, completions, common.derive_seed(self.args.seed, name), f"sampling: {name}")
+            replies = self.draw(model, split.prompts, completions, common.derive_seed(self.args.seed, name), f"sampling: {name}")
             file.parent.mkdir(exist_ok=True)
             file.with_suffix(".new").write_text(json.dumps(replies))
             file.with_suffix(".new").replace(file)
@@ -314,21 +318,21 @@ class Context:
 
     def draw(self, model, prompts, completions: int, seed: int, progress: str | None = None) -> list[list[list[int]]]:
         """Samples [prompt][completion] of `model`."""
-        args = self.args
-        stats = {}
-        replies = common.sample(
-            model,
-            prompts,
-            self.ends,
-            completions=completions,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=seed,
-            max_rows=args.sample_rows,
-            stats=stats,
-            progress=progress,
-        )
+        args, stats = self.args, {}
+        with self.run.phase("sampling"):
+            replies = common.sample(
+                model,
+                prompts,
+                self.ends,
+                completions=completions,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=seed,
+                max_rows=args.sample_rows,
+                stats=stats,
+                progress=progress,
+            )
         self.run.add_tokens("sampling", stats["tokens"])
         return replies
 
@@ -376,6 +380,9 @@ def main(args: Args) -> None:
     if not args.sft_model and "sft" not in ctx.done:
         policy = ctx.load_trainable(args.model)
         train_sft(ctx, policy, train)
+        if args.dry_run:
+            ctx.draw(policy, train.prompts[: args.batch_size], args.samples_per_prompt, args.seed)
+            return run.finish_dry_run(policy)
         common.save_model(policy, tokenizer, sft_source)
         ctx.finish("sft")
         del policy
@@ -497,22 +504,23 @@ def train_stage(
 ) -> None:
     """Train `model` on `examples`: loss_of(groups, batch) gives each micro-batch's mean loss and what else to log."""
     args, run = ctx.args, ctx.run
-    optimiser = common.MasterAdamW(model, learning_rate=0.0, weight_decay=args.weight_decay)
+    optimiser = optimization.make_optimiser(model, args.optimizer_states, args.weight_decay)
     batches = plan_batches(args, stage, len(examples), epochs)
     for index in range(ctx.restore(stage, {"optimiser": optimiser}), len(batches)):
         batch, step, total = [examples[i] for i in batches[index]], len(run.metrics) + 1, {}
-        now = common.learning_rate_at(index, len(batches), learning_rate, args.warmup_ratio, args.schedule)
-        with run.phase(stage), sealed(ctx.judge):
+        now = optimization.learning_rate_at(index, len(batches), learning_rate, args.warmup_ratio, args.schedule)
+        with run.phase("training"), sealed(ctx.judge):
             for part in common.micro_batches([e.prompt for e in batch], [e.completions for e in batch], args.micro_batch_tokens):
                 groups = [batch[i] for i in part]
                 data = collate([e.prompt for e in groups], [e.completions for e in groups], ctx.device)
                 loss, measured = loss_of(groups, data)
                 run.stop_unless_finite(step, loss.item(), [e.row_id for e in groups])
                 (loss * len(groups) / len(batch)).backward()
-                run.add_tokens(stage, int(data.allowed.diagonal(dim1=1, dim2=2).sum()))
+                run.add_batch("training", data)
                 for name, value in {"loss": loss.detach(), **measured}.items():
                     total[name] = total.get(name, 0.0) + float(value) * len(groups) / len(batch)
-            total["grad_norm"] = optimiser.step(now, args.max_grad_norm)
+            with run.phase("update"):
+                total["grad_norm"] = optimiser.step(now, args.max_grad_norm)
         row = {f"{stage}/{name}": value for name, value in total.items()} | {f"{stage}/learning_rate": now, **run.throughput()}
         run.log(step, row, show=(f"{stage}/loss", f"{stage}/accuracy"))
         if args.save_every and step % args.save_every == 0 and index + 1 < len(batches):
@@ -536,7 +544,7 @@ def train_sft(ctx: Context, policy, train: Split) -> None:
 
     def loss_of(groups, data):
         logprobs = common.completion_logprobs(policy, data)  # (G, 1, T)
-        return -logprobs.sum((1, 2)).mean(), {"loss_per_token": -logprobs.sum() / data.mask.sum()}
+        return -logprobs.sum((1, 2)).mean(), {"loss_per_token": -logprobs.detach().sum() / data.mask.sum()}
 
     train_stage(ctx, "sft", policy, examples, ctx.args.epochs, ctx.args.learning_rate, loss_of)
 
@@ -590,7 +598,7 @@ def train_adversarial(ctx: Context, sft_source, train: Split):
     source = args.model if args.reward_init == "start" else str(sft_source)
     discriminator = trainable_reward_model(load_reward_model(source, True, ctx.dtype, ctx.device, ctx.attention), args)
     optimisers = {
-        name: common.MasterAdamW(model, learning_rate=0.0, weight_decay=args.weight_decay)
+        name: optimization.make_optimiser(model, args.optimizer_states, args.weight_decay)
         for name, model in (("policy", policy), ("discriminator", discriminator))
     }
     earlier: list[tuple[int, list[list[int]]]] = ctx.state["replay"] if ctx.state and ctx.state["stage"] == "adversarial" else []
@@ -600,10 +608,9 @@ def train_adversarial(ctx: Context, sft_source, train: Split):
         rng = random.Random(seed)
         chosen = rng.sample(range(len(train.prompts)), min(args.batch_size, len(train.prompts)))
         prompts = [train.prompts[i] for i in chosen]
-        with run.phase("sampling"):
-            own = ctx.draw(policy, prompts, K, seed)  # [G][K]
-        share = common.learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
-        with run.phase("adversarial"), sealed(judge):
+        own = ctx.draw(policy, prompts, K, seed)  # [G][K]
+        share = optimization.learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
+        with run.phase("training"), sealed(judge):
             # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier policies.
             current = list(zip(chosen, own, strict=True))
             metrics = {}
@@ -667,7 +674,7 @@ def update_policy(ctx, policy, reference, optimiser, train: Split, chosen, own, 
         loss = policy_gradient_loss(*rows, args.kl)
         ctx.run.stop_unless_finite(step, loss.item(), [train.rows[chosen[i]].id for i in part])
         (loss * len(part) / len(chosen)).backward()
-        ctx.run.add_tokens("adversarial", int(data.allowed.diagonal(dim1=1, dim2=2).sum()))
+        ctx.run.add_batch("training", data)
         measured = {
             "kl": (logprobs - reference_logprobs).sum(-1).mean(),  # unbiased estimate of KL(π ‖ π_SFT), nats per reply
             "entropy": entropy.sum() / data.mask.sum(),
@@ -804,7 +811,7 @@ def train_reward_model(ctx: Context, stage: str, model, pairs: list[Example]) ->
     def loss_of(groups, data):
         scores = reward_scores(model, data)  # (G, 2)
         accuracy = (scores[:, 0] > scores[:, 1]).float().mean()
-        return discriminator_loss(scores[:, 0], scores[:, 1], args.reward_loss), {"accuracy": accuracy, "score_std": scores.std()}
+        return discriminator_loss(scores[:, 0], scores[:, 1], args.reward_loss), {"accuracy": accuracy, "score_std": scores.detach().std()}
 
     train_stage(ctx, stage, model, pairs, args.reward_epochs, args.reward_learning_rate, loss_of, collate_read)
 

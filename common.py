@@ -7,8 +7,7 @@ Sections, in the order data flows:
     data            named sets, hub ids and files become rows; what is dropped is counted
     tokenization    prompts and responses become token ids
     sampling        one decode loop for one model or a per-token mixture of two
-    log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix
-    optimisation    AdamW on float32 master weights; schedules; micro-batches
+    log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix; micro-batches
 
 Conventions. A completion is the list of its token ids, up to and including the first end-of-sequence
 token; a mask is 1 exactly on those. The log-prob of a completion is the *sum* over them.
@@ -22,7 +21,6 @@ import difflib
 import gzip
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -31,7 +29,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +37,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
+
+import synthetic
 
 Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "content": ...}, ...]
 
@@ -243,7 +243,10 @@ def hub_errors(flag: str, name: str):
 
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
-    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa."""
+    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa.
+
+    Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not see each other, are none.
+    """
     if attention != "auto":
         return attention
     return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
@@ -264,10 +267,13 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
     `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded, or if its
     logits are not what `completion_logprobs` computes from its hidden states.
     """
-    source = model_source(name)
-    with hub_errors("--model", name):
-        config = without_dropout(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
+    if name.startswith(synthetic.PREFIX):
+        model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, attention)
+    else:
+        source = model_source(name)
+        with hub_errors("--model", name):
+            config = without_dropout(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
         ids = torch.arange(4, device=device)[None] + 5
@@ -282,6 +288,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
 
 def load_tokenizer(name: str):
     """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of its own)."""
+    if name.startswith(synthetic.PREFIX):
+        return synthetic.Tokenizer(synthetic.config(name.removeprefix(synthetic.PREFIX)).vocab_size)
     with hub_errors("--model", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name))
     if tokenizer.pad_token_id is None:
@@ -318,18 +326,29 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
 
 
 def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool, task: str = "CAUSAL_LM"):
-    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter (float32, every linear layer) on frozen weights. `task` is peft's."""
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights. `task` is peft's.
+
+    The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32 copy of every layer's input.
+    """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only; every dropout is 0 already
     if lora_rank == 0:
         return model.requires_grad_(True)
     peft = optional_import("peft", "'cleanalign[lora]'")
     config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
-    policy = peft.get_peft_model(model, config)
-    if gradient_checkpointing:
-        policy.enable_input_require_grads()
-    return policy
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def checkpointing(model):
+    """Context in which a model made with gradient checkpointing does checkpoint: transformers' training mode.
+
+    Only where a gradient is wanted: in training mode such a model ignores its caches. Nothing else changes, as every dropout is 0.
+    """
+    inner = base_model(model)
+    inner.train(torch.is_grad_enabled())
+    yield
+    inner.eval()
 
 
 class LoraReference:
@@ -396,7 +415,9 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128, res
     `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError` for what cannot be read or used.
     """
     test_raw = None
-    if spec == "chitchat":
+    if spec.startswith(synthetic.PREFIX):
+        train_raw = _random_rows(*map(int, spec.removeprefix(synthetic.PREFIX).split(":")))
+    elif spec == "chitchat":
         train_raw, test_raw = _chitchat()
     elif spec in HUB_DATASETS:
         name, folder, train_split, test_split = HUB_DATASETS[spec]
@@ -431,6 +452,13 @@ def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
     """Every usable row of a .jsonl, .jsonl.gz or .parquet file given as `flag path`. Raises `UserError` as `load_rows` does."""
     require(path.endswith((".jsonl", ".jsonl.gz", ".parquet")), f"{flag} {path}: not a .jsonl, .jsonl.gz or .parquet file.")
     return _usable_rows(path, _file_rows(Path(path), flag), columns)
+
+
+def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
+    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can be."""
+    for i in range(count):
+        lengths = {"prompt": prompt_tokens, "chosen": response_tokens, "rejected": response_tokens, "response": response_tokens}
+        yield f"random:{i}", {column: synthetic.text(length, column, i) for column, length in lengths.items()}
 
 
 def _chitchat() -> tuple[list, list]:
@@ -584,6 +612,11 @@ def prompt_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return prompt[0]["content"] if len(prompt) == 1 else write_dialogue(prompt)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed that is a function of its parts alone, so that a resumed run draws what the uninterrupted one would have."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -869,6 +902,8 @@ class Batch:
     source: torch.Tensor  # (K, T) index into L of the position that predicts each completion token
     targets: torch.Tensor  # (G, K, T) the completions' token ids
     mask: torch.Tensor  # (G, K, T) float, 1 = counts
+    tokens: int  # of the G·L places, those that hold a token; the rest is padding
+    scored: int  # completion tokens, each of which gets a log-prob
 
 
 def collate(prompts: list[list[int]], completions: list[list[list[int]]], device) -> Batch:
@@ -902,7 +937,14 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
     allowed = structure & real[:, None, :]
     source = P + torch.arange(K)[:, None] * (T - 1) + torch.arange(T) - 1  # (K, T)
     source[:, 0] = P - 1
-    return Batch(*(x.to(device) for x in (input_ids, allowed, position_ids, source, targets, mask)))
+    tensors = (x.to(device) for x in (input_ids, allowed, position_ids, source, targets, mask))
+    return Batch(*tensors, *count_tokens(prompts, completions))
+
+
+def count_tokens(prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[int, int]:
+    """Tokens a forward pass over these computes, every prompt once and each completion but its last token; and those it scores."""
+    lengths = [len(c) for group in completions for c in group]
+    return sum(map(len, prompts)) + sum(max(n - 1, 0) for n in lengths), sum(lengths)
 
 
 def completion_hidden(model, batch: Batch) -> torch.Tensor:
@@ -910,7 +952,7 @@ def completion_hidden(model, batch: Batch) -> torch.Tensor:
     transformer = backbone(model)
     additive = torch.zeros(batch.allowed.shape, dtype=transformer.dtype, device=batch.input_ids.device)
     additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
-    with adapter_switch(model):
+    with adapter_switch(model), checkpointing(model):
         out = transformer(input_ids=batch.input_ids, attention_mask=additive[:, None], position_ids=batch.position_ids, use_cache=False)
     return out.last_hidden_state[:, batch.source.flatten()].unflatten(1, batch.source.shape)
 
@@ -933,7 +975,8 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((G, K), float(temperature), device=weight.device)
     per_token = temperature.to(weight.device)[:, :, None].expand(G, K, T)[counted]
-    logprobs, entropies = _TokenLogprobs.apply(hidden[counted], weight, bias, batch.targets[counted], per_token, softcap, entropy)
+    divisor = None if (per_token == 1).all() else per_token[:, None]  # (N, 1): a division of (N, V) logits by 1 is a pass over memory
+    logprobs, entropies = _TokenLogprobs.apply(hidden[counted], weight, bias, batch.targets[counted], divisor, softcap, entropy)
     result = torch.zeros(G, K, T, device=weight.device).masked_scatter(counted, logprobs)
     if not entropy:
         return result
@@ -945,57 +988,71 @@ def _head_logits(hidden, weight, bias, softcap):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of a (rows, V) float32 chunk of logits: 32 MB on any vocabulary."""
-    return max(16, 2**23 // vocabulary)
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of a (rows, V) float32 chunk of logits: 128 MB of them on a CPU, 512 MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better."""
+    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden Wᵀ / temperature)[target] for N tokens, in chunks, recomputed in backward."""
+    """log softmax(hidden Wᵀ / temperature)[target] for N tokens, in chunks, recomputed in backward.
+
+    The work on (n, V) chunks is bound by memory, not arithmetic, so it is done in place and in as few passes as can be.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, entropy):
         N = hidden.shape[0]
-        logprobs = torch.empty(N, device=hidden.device)
+        logprobs, normalizers = (torch.empty(N, device=hidden.device) for _ in range(2))
         entropies = torch.zeros(N, device=hidden.device)
-        for part in torch.arange(N).split(chunk_rows(weight.shape[0])):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            logits = _head_logits(hidden[rows], weight, bias, softcap).float().div_(temperature[rows, None])  # (n, V)
-            normalizer = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - normalizer
-            if entropy:
-                probs = (logits - normalizer[:, None]).exp_()
-                entropies[rows] = normalizer - probs.mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature)
+        for rows in _chunks(N, weight):
+            logits = _head_logits(hidden[rows], weight, bias, softcap).float()  # (n, V)
+            if temperature is not None:
+                logits.div_(temperature[rows])
+            greatest = logits.amax(-1, keepdim=True)
+            exponentials = (logits - greatest).exp_()
+            total = exponentials.sum(-1)
+            normalizers[rows] = total.log() + greatest[:, 0]
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - normalizers[rows]
+            if entropy:  # log Z − Σ p · logit
+                entropies[rows] = normalizers[rows] - torch.linalg.vecdot(exponentials, logits) / total
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature, normalizers)
         ctx.softcap = softcap
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, bias, targets, temperature = ctx.saved_tensors
+        hidden, weight, bias, targets, temperature, normalizers = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
-        parts = torch.arange(hidden.shape[0]).split(chunk_rows(weight.shape[0]))
-        grad_weight = 0 if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for part in parts:
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            raw = F.linear(hidden[rows].to(weight.dtype), weight, bias).float()
-            capped = raw if ctx.softcap is None else ctx.softcap * torch.tanh(raw / ctx.softcap)
-            delta = torch.softmax(capped / temperature[rows, None], -1).neg_()  # d log p / d logit = 1[target] − p
-            delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
-            delta.mul_((grad[rows] / temperature[rows])[:, None])
-            if ctx.softcap is not None:
-                delta.mul_(1 - (capped / ctx.softcap) ** 2)
+        grad_weight = grad_bias = None
+        for rows in _chunks(len(hidden), weight):
+            logits = _head_logits(hidden[rows], weight, bias, ctx.softcap).float()  # (n, V)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft cap
+            scale = grad[rows, None]
+            if temperature is not None:
+                logits.div_(temperature[rows])
+                scale = scale / temperature[rows]
+            delta = logits.sub_(normalizers[rows, None]).exp_().mul_(-scale)  # d log p / d logit = 1[target] − p
+            delta.scatter_add_(-1, targets[rows, None], scale)
+            if slope is not None:
+                delta.mul_(slope)
             low = delta.to(weight.dtype)
             grad_hidden[rows] = (low @ weight).to(hidden.dtype)
-            if grad_weight is not None:  # several chunks add up in float32
-                product = low.T @ hidden[rows].to(weight.dtype)
-                grad_weight = product if len(parts) == 1 else product.float() + grad_weight
-            if grad_bias is not None:
-                grad_bias += delta.sum(0)
+            if ctx.needs_input_grad[1]:
+                product = low.T @ hidden[rows].to(weight.dtype)  # (V, D)
+                if grad_weight is None:
+                    grad_weight = product if rows.stop == len(hidden) else product.float()
+                else:  # several chunks add up in float32
+                    grad_weight.add_(product)
+            if ctx.needs_input_grad[2]:
+                grad_bias = delta.sum(0) if grad_bias is None else grad_bias.add_(delta.sum(0))
         to = lambda g: None if g is None else g.to(weight.dtype)  # noqa: E731
         return grad_hidden, to(grad_weight), to(grad_bias), None, None, None, None
+
+
+def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
+    size = chunk_rows(weight.shape[0], weight.device)
+    return (slice(start, min(start + size, N)) for start in range(0, N, size))
 
 
 @torch.no_grad()
@@ -1013,11 +1070,6 @@ def sequence_logprobs(
             result[i] = row[: len(completions[i])]
         bar.update(len(part))
     return result
-
-
-# ---------------------------------------------------------------------------------------------
-# optimisation
-# ---------------------------------------------------------------------------------------------
 
 
 def pad_rows(rows: list[list[float]], fill: float, device) -> torch.Tensor:
@@ -1043,79 +1095,3 @@ def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], 
             wider = [i]
         current = wider
     return [*parts, current] if current else parts
-
-
-class MasterAdamW:
-    """AdamW on float32 master weights, with gradients accumulated in float32.
-
-    A step of 5e-7 is below half of bfloat16's spacing for every weight above 1e-4 or so, and rounds to nothing. The
-    masters keep it; the weights the model computes with are the masters rounded. Float32 weights are their own
-    masters. Each backward pass adds into `grads`, and the low-precision gradient is freed at once.
-
-    Memory beyond the model's own weights, per weight: 4 (master, if bfloat16) + 8 (moments) + 4 (gradient) bytes.
-    """
-
-    def __init__(self, model, learning_rate: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
-        self.grads = [torch.zeros_like(master) for master in self.masters]  # kept: allocated amid activations they would break up the heap
-        fused = self.weights[0].device.type in ("cpu", "cuda")
-        self.inner = torch.optim.AdamW(self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)]
-
-    def _collect(self, i: int) -> Callable:
-        def hook(weight):
-            self.grads[i] += weight.grad
-            weight.grad = None
-
-        return hook
-
-    @torch.no_grad()
-    def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, round into the weights; returns its norm."""
-        norm = torch.nn.utils.get_total_norm(self.grads)
-        if max_grad_norm > 0:
-            torch._foreach_mul_(self.grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        for master, grad in zip(self.masters, self.grads, strict=True):
-            master.grad = grad
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate
-        self.inner.step()
-        torch._foreach_zero_(self.grads)
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            master.grad = None
-            if weight.data_ptr() != master.data_ptr():
-                weight.copy_(master)
-        return float(norm)
-
-    def state_dict(self) -> dict:
-        """Masters and moments: all that a resumed run needs to continue as if never stopped."""
-        return {"masters": self.masters, "inner": self.inner.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict()` and round the masters into the model's weights."""
-        with torch.no_grad():
-            for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-                weight.copy_(saved)
-        self.inner.load_state_dict(state["inner"])
-
-    def release(self) -> None:
-        """Detach from the model: hooks gone, masters and moments free to be collected."""
-        for handle in self._hooks:
-            handle.remove()
-        self.masters, self.grads, self.inner = [], [], None
-
-
-def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
-    """Learning rate of optimiser step `step` in 0..steps−1: linear warm-up over `warmup_ratio` of the steps, then `cosine`, `linear` or `constant`."""
-    warmup = max(1, math.ceil(warmup_ratio * steps)) if warmup_ratio > 0 else 0
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A seed that is a function of its parts alone, so that a resumed run draws what the uninterrupted one would have."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +33,8 @@ import tyro
 from tqdm import tqdm
 
 import common
+import dry_run
+import synthetic
 from common import UserError, require
 from judges import Judge, both_orders
 
@@ -48,8 +50,8 @@ def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -
         single_process()
         keep_freed_memory()
         args = parse(recipes, argv)
-        with advice_when_out_of_memory():
-            main(args)
+        with advice_when_out_of_memory(args):
+            main(dry_run.prepare(args) if args.dry_run else args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -72,6 +74,7 @@ def parse(recipes: dict, argv: list[str]):
         by_hub_id = {hub_id: name for name, hub_id in common.HUB_MODELS.items()}
         default = recipes.get(model) or recipes.get(by_hub_id.get(model)) or default
         known = model in recipes or Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~")))
+        known |= "--dry-run" in argv and model in synthetic.CONFIGS
         require(known, f"--model {model}: no such recipe or folder. {common.near(model, recipes)}")
         default = dataclasses.replace(default, model=model)
     args = tyro.cli(type(default), default=default, args=argv)
@@ -139,25 +142,28 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory within a step: giving activations back and faulting them in again costs a large part of a CPU step."""
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 40 * 2**20)  # M_MMAP_THRESHOLD: above the chunks of logits, below gradients of the vocabulary
+        glibc.mallopt(-3, 2**29)  # M_MMAP_THRESHOLD: above the gradients of the vocabulary
 
 
 def give_back_freed_memory() -> None:
-    """Before each phase, whose buffers differ in size from the last one's, hand freed memory back, so that peaks do not add up."""
+    """Before each new phase, whose buffers differ in size from the last one's, hand freed memory back, so that peaks do not add up."""
     if glibc := _glibc():
         glibc.malloc_trim(0)
 
 
 @contextlib.contextmanager
-def advice_when_out_of_memory():
-    """Out of device memory becomes advice: which flags need less."""
+def advice_when_out_of_memory(args):
+    """Out of memory, on a GPU or a CPU, becomes advice: which flags need less, and about how much less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
+    except (MemoryError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        on_cpu = re.search("can't allocate memory|not enough memory", first)  # torch has no class of its own for this
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not on_cpu:
+            raise
         raise UserError(
-            f"out of memory: {first}\nTry, in this order: a smaller --micro-batch-tokens (activations), fewer --sample-rows (caches), "
-            "--gradient-checkpointing, --lora-rank 32 (no moments or masters for the full weights)."
+            f"out of memory: {first}\n{dry_run.advice(args, common.resolve_device(args.device))}\n"
+            "What a recipe needs at its greatest lengths: the same command with --dry-run."
         ) from error
 
 
@@ -197,8 +203,12 @@ class Run:
         self.metrics: list[dict] = []
         self.seconds_before = 0.0
         self.started = time.perf_counter()
-        self.phase_seconds: dict[str, float] = defaultdict(float)
-        self.phase_tokens: dict[str, int] = defaultdict(int)
+        self.phases: dict[str, Counter] = defaultdict(Counter)  # seconds, tokens, scored, peak_memory_bytes
+        self.open_phases: list[str] = []
+        self.last_phase: str | None = None
+        self.phase_mark = 0.0  # when the innermost open phase began, or went on
+        self.peak_memory_bytes = 0
+        self.padding = Counter()  # of the batches since the last log: places, tokens
         self.bar: tqdm | None = None
         self.writer = self.wandb = None
 
@@ -226,21 +236,40 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Time a part of the work; `add_tokens(name, n)` beside it gives tokens per second."""
-        give_back_freed_memory()
-        start = time.perf_counter()
+        """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an inner one are its own alone."""
+        if not self.open_phases and name != self.last_phase:
+            give_back_freed_memory()
+            self.last_phase = name
+        self._close_measurement()
+        self.open_phases.append(name)
         yield
+        self._close_measurement()
+        self.open_phases.pop()
+
+    def _close_measurement(self) -> None:
+        """Book what happened since the last call on the innermost open phase."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.phase_seconds[name] += time.perf_counter() - start
+        now, peak = time.perf_counter(), peak_memory()
+        if self.open_phases:
+            phase = self.phases[self.open_phases[-1]]
+            phase["seconds"] += now - self.phase_mark
+            phase["peak_memory_bytes"] = max(phase["peak_memory_bytes"], peak)
+        self.phase_mark, self.peak_memory_bytes = now, max(self.peak_memory_bytes, peak)
+        reset_peak_memory()
 
-    def add_tokens(self, name: str, tokens: int) -> None:
-        """Count tokens of a phase: completion tokens for sampling, prompt and completion tokens for training."""
-        self.phase_tokens[name] += tokens
+    def add_tokens(self, name: str, tokens: int, scored: int = 0) -> None:
+        """Count tokens of a phase: those sampled, or those a forward pass computed and, of the completions', scored."""
+        self.phases[name] += Counter(tokens=tokens, scored=scored)
+
+    def add_batch(self, name: str, batch: common.Batch) -> None:
+        """Count a batch's tokens in a phase, and how much of it was padding."""
+        self.add_tokens(name, batch.tokens, batch.scored)
+        self.padding += Counter(places=batch.input_ids.numel(), tokens=batch.tokens)
 
     def throughput(self) -> dict[str, float]:
         """Tokens per second by phase, since the start (or the resume)."""
-        return {f"tokens_per_second/{n}": self.phase_tokens[n] / s for n, s in self.phase_seconds.items() if s > 0 and self.phase_tokens[n]}
+        return {f"tokens_per_second/{n}": p["tokens"] / p["seconds"] for n, p in self.phases.items() if p["seconds"] > 0 and p["tokens"]}
 
     def fewer_steps(self, by: int) -> None:
         """Shorten the run's planned steps, for the progress bar's time left."""
@@ -252,6 +281,9 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], show: tuple[str, ...] = ()) -> None:
         """Write one step's metrics everywhere; `show` names those beside the progress bar."""
         row = {"step": step, **{k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()}}
+        if self.padding:
+            row["padding_fraction"] = 1 - self.padding["tokens"] / self.padding["places"]
+            self.padding.clear()
         self.metrics.append(row)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -326,10 +358,15 @@ class Run:
         """Write summary.json and curves.png, close the logs and print the result."""
         if self.bar:
             self.bar.close()
-        summary = {**summary, "steps": len(self.metrics), "seconds": round(self.seconds(), 1), "peak_memory_bytes": peak_memory()}
+        summary = {
+            **summary,
+            "steps": len(self.metrics),
+            "seconds": round(self.seconds(), 1),
+            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory()),
+        }
         for name, value in self.throughput().items():
             summary[name] = round(value, 1)
-        summary["phase_seconds"] = {name: round(value, 1) for name, value in self.phase_seconds.items()}
+        summary["phase_seconds"] = {name: round(phase["seconds"], 1) for name, phase in self.phases.items()}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot_curves(self.metrics, curves, self.folder / "curves.png", self.folder.name)
         for name in ("win_rate", "eval_judge_win_rate"):
@@ -341,6 +378,14 @@ class Run:
             self.wandb.summary.update(summary)
             self.wandb.finish()
         print(summary_text(summary, self.folder))
+
+    def finish_dry_run(self, policy) -> None:
+        """End a `--dry-run` after its step: write dry_run.json and print what each phase took. Nothing is evaluated or saved."""
+        if self.bar:
+            self.bar.close()
+        if self.writer:
+            self.writer.close()
+        dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
 
 
 def environment() -> dict:
@@ -367,12 +412,22 @@ def environment() -> dict:
 
 
 def peak_memory() -> int:
-    """Peak bytes: of the CUDA allocator where there is one, else of the process's resident set."""
+    """Peak bytes since the last reset: of the CUDA allocator where there is one, else of the process's resident set."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory` anew where the system can: CUDA and Linux. Elsewhere it stays the peak since the start."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def plot_curves(metrics: list[dict], names: tuple[str, ...], path: Path, title: str) -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
 from judges import load_judge, preference_matrix
@@ -50,7 +51,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto is cuda, else mps, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. Optimiser state is float32 in any case."""
+    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps: --optimizer-states."""
     run_dir: str = "runs"
     """Folder that holds the run folders."""
     run_name: str | None = None
@@ -61,6 +62,8 @@ class Args:
     """Optimiser steps between checkpoints; 0 writes none."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
+    dry_run: bool = False
+    """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -69,7 +72,7 @@ class Args:
     """Rank of a LoRA adapter on every linear layer; 0 trains all weights."""
     lora_alpha: int = 64
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback, tldr), hub id, or .jsonl, .jsonl.gz or .parquet file."""
@@ -111,11 +114,13 @@ class Args:
     """Share of the steps over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """Learning rate after the warm-up."""
+    optimizer_states: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 never clips."""
-    micro_batch_tokens: int = 192
+    micro_batch_tokens: int = 768
     """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more compute for far less memory."""
@@ -238,7 +243,7 @@ def main(args: Args) -> None:
     run = Run("ipo_md", args, len(batches))
     run.create()
     state = run.restore()
-    optimiser = common.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
+    optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
     if state:
         optimiser.load_state_dict(state["optimiser"])
     for step in range(state["step"] + 1 if state else 1, len(batches) + 1):
@@ -247,13 +252,16 @@ def main(args: Args) -> None:
         batch, metrics = collect(args, batches[step - 1], seed, rows, prompts, policy, reference, tokenizer, sampling, judge, run)
 
         # 3. Log-probs, loss, step.
-        learning_rate = common.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
+        learning_rate = optimization.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
         with run.phase("training"):
             metrics |= train_step(args, policy, reference, optimiser, batch, learning_rate, ends, device, run, step)
         metrics |= {"learning_rate": learning_rate, **run.throughput()}
         run.log(step, metrics, show=("loss", "score", "rewards/accuracy", "kl"))
         if args.save_every and step % args.save_every == 0 and step < len(batches):
             run.save({"step": step, "optimiser": optimiser.state_dict()})
+
+    if args.dry_run:
+        return run.finish_dry_run(policy)
 
     # 4. Compare with the starting model on held-out prompts; save.
     optimiser.release()
@@ -328,7 +336,7 @@ def train_step(args, policy, reference, optimiser, batch: list[Pair], learning_r
         pairs = [batch[i] for i in part]
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], device)
         label = torch.tensor([p.label for p in pairs], device=device)  # (G,)
-        with torch.no_grad():
+        with torch.no_grad(), run.phase("reference"):
             reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, 2, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, 2, T)
         lengths = data.mask.sum(-1)  # (G, 2)
@@ -337,7 +345,8 @@ def train_step(args, policy, reference, optimiser, batch: list[Pair], learning_r
         loss = preference_loss(sums[:, 0], sums[:, 1], reference_sums[:, 0], reference_sums[:, 1], label, args.tau, args.loss)
         run.stop_unless_finite(step, loss.item(), [p.row_id for p in pairs])
         (loss * len(pairs) / len(batch)).backward()
-        run.add_tokens("training", int(data.allowed.diagonal(dim1=1, dim2=2).sum()))
+        run.add_batch("training", data)
+        run.add_tokens("reference", data.tokens, data.scored)
 
         with torch.no_grad():
             ratio = (logprobs - reference_logprobs).sum(-1)  # (G, 2) log π/π_ref
@@ -355,7 +364,8 @@ def train_step(args, policy, reference, optimiser, batch: list[Pair], learning_r
             for name, value in measured.items():
                 total[name] = total.get(name, 0.0) + float(value) * len(pairs) / len(batch)
     total["finished"] = sum(c[-1] in ends for p in batch for c in p.completions) / (2 * len(batch))
-    total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
+    with run.phase("update"):
+        total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
     return total
 
 

@@ -4,6 +4,7 @@
     --judge polarity           TextBlob's polarity, an independent lexicon; p as above
     --judge cycle              question ≻ exclamation ≻ statement ≻ question: no scalar can express it
     --judge hf:ID              a sequence-classification reward model with its own tokenizer; p = σ(r(a) − r(b))
+    --judge random             a number made of the reply's characters: for --dry-run; there is nothing to learn from it
     --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; need not come from any scalar.
                                Or a reward f(prompts, replies) -> r for each; p = σ(r(a) − r(b))
 
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import synthetic
 from common import Prompt, UserError, hub_errors, near, optional_import, prompt_text, require, write_dialogue
 
 LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so certain cases reach p = .98
@@ -49,6 +51,8 @@ def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--jud
         return scalar_judge(spec, LEXICONS[spec](), scale=LEXICON_SCALE)
     if spec == "cycle":
         return Judge("cycle", cycle_preference, measure=cycle_measure)
+    if spec == "random":
+        return scalar_judge(spec, lambda prompts, replies: torch.tensor([synthetic.coin(reply) for reply in replies]))
     if spec.startswith("hf:"):
         return scalar_judge(spec, reward_model(spec[3:], device, flag))
     if ".py:" in spec:

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
 from judges import load_judge, preference_matrix
@@ -52,7 +53,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto is cuda, else mps, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. Optimiser state is float32 in any case."""
+    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps: --optimizer-states."""
     run_dir: str = "runs"
     """Folder that holds the run folders."""
     run_name: str | None = None
@@ -63,6 +64,8 @@ class Args:
     """Optimiser steps between checkpoints; 0 writes none."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
+    dry_run: bool = False
+    """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -71,7 +74,7 @@ class Args:
     """Rank of a LoRA adapter on every linear layer; 0 trains all weights."""
     lora_alpha: int = 64
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback), hub id, or .jsonl, .jsonl.gz or .parquet file."""
@@ -116,11 +119,13 @@ class Args:
     """Share of an iteration's steps over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """Learning rate after the warm-up, within an iteration."""
+    optimizer_states: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 never clips."""
-    micro_batch_tokens: int = 256
+    micro_batch_tokens: int = 1024
     """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more compute for far less memory."""
@@ -244,7 +249,7 @@ def main(args: Args) -> None:
         if optimiser is None or this.iteration != rounds[number - 1].iteration:
             if optimiser is not None:
                 optimiser.release()
-            optimiser = common.MasterAdamW(policy, learning_rate=0.0, weight_decay=args.weight_decay)
+            optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
             iteration_steps = sum(r.steps for r in rounds if r.iteration == this.iteration)
             iteration_start = step
         if resumed:
@@ -257,6 +262,7 @@ def main(args: Args) -> None:
             # 4. Reference log-probs, once: π_ref = π_t is the policy as it is now. (XPO: the fixed starting model.)
             with run.phase("reference"):
                 tokens = [(pair.prompt, pair.completions, pair.temperature) for pair in pairs]
+                run.add_tokens("reference", *common.count_tokens([pair.prompt for pair in pairs], [pair.completions for pair in pairs]))
                 bar = f"iteration {this.iteration}: reference log-probs" if len(tokens) > 4 * args.batch_size else None
                 sums = common.sequence_logprobs(
                     reference or policy, *map(list, zip(*tokens, strict=True)), device, args.micro_batch_tokens, bar
@@ -273,7 +279,7 @@ def main(args: Args) -> None:
                 continue
             step += 1
             planned = iteration_steps if args.exploration == "xpo" else len(batches)
-            learning_rate = common.learning_rate_at(
+            learning_rate = optimization.learning_rate_at(
                 step - 1 - iteration_start,
                 planned,
                 args.learning_rate[min(max(this.iteration, 1), len(args.learning_rate)) - 1],
@@ -299,6 +305,9 @@ def main(args: Args) -> None:
                         "optimiser": optimiser.state_dict(),
                     }
                 )
+
+    if args.dry_run:
+        return run.finish_dry_run(policy)
 
     # 6. Compare with the starting model on held-out prompts; save.
     optimiser.release()
@@ -455,7 +464,7 @@ def train_step(args, policy, optimiser, batch: list[Pair], alpha: float, learnin
         loss = selm_loss(sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], policy_self, reference_self, args.beta, alpha)
         run.stop_unless_finite(step, loss.item(), [p.row_id for p in pairs])
         (loss * len(pairs) / len(batch)).backward()
-        run.add_tokens("training", int(data.allowed.diagonal(dim1=1, dim2=2).sum()))
+        run.add_batch("training", data)
 
         with torch.no_grad():
             ratio = sums - reference  # (G, K) log π/π_ref
@@ -480,7 +489,8 @@ def train_step(args, policy, optimiser, batch: list[Pair], alpha: float, learnin
     total["extra_forward"] = sum(len(p.completions) - 2 for p in batch) / (
         2 * len(batch)
     )  # y_s that had to be computed, for each response of a pair
-    total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
+    with run.phase("update"):
+        total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
     return total
 
 

@@ -23,17 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import experiment  # noqa: E402
+import optimization  # noqa: E402
 import selm  # noqa: E402
-
-
-class Quiet:
-    """Stands in for a run: the step is timed, nothing is written."""
-
-    def stop_unless_finite(self, *_):
-        pass
-
-    def add_tokens(self, *_):
-        pass
 
 
 def in_turn(variants: dict, rounds: int, warmup: int = 1) -> dict[str, float]:
@@ -79,11 +70,11 @@ def main(
     attention = common.choose_attention("auto", where, 128)
     args = replace(selm.RECIPES["smollm2-135m"], batch_size=16)
     policy = common.make_trainable(common.load_model(model, dtype, where, attention), 0, 0, False)
-    optimiser = common.MasterAdamW(policy, 0.0)
+    optimiser = optimization.MasterAdamW(policy)
 
     def step(alpha, third=0.0):
         pairs = make_pairs(random.Random(0), args.batch_size, alpha, third)
-        return lambda: selm.train_step(args, policy, optimiser, pairs, alpha, 1e-12, [2], where, Quiet(), 1)
+        return lambda: selm.train_step(args, policy, optimiser, pairs, alpha, 1e-12, [2], where, experiment.Run("step_cost", args, 1), 1)
 
     steps = in_turn({"alpha 0": step(0.0), "alpha > 0, K = 2": step(0.001), "alpha > 0, a third of y_s apart": step(0.001, 1 / 3)}, rounds)
     optimiser.release()

@@ -23,7 +23,7 @@ SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd}
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_argument_is_documented_and_read(name):
     source = (ROOT / f"{name}.py").read_text()
-    shared = "".join((ROOT / f).read_text() for f in ("experiment.py", "common.py"))
+    shared = "".join((ROOT / f).read_text() for f in ("experiment.py", "common.py", "optimization.py"))
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args").body
     documented = {
         a.target.id

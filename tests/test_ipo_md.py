@@ -81,6 +81,8 @@ def test_with_lora_the_mixture_holds_the_unadapted_model(world):
     right = draw(merged, original)
     assert draw(policy, reference) == right
     assert draw(policy, policy) != right
+    alone = lambda model: common.sample(model, prompts, ends, completions=4, max_new_tokens=6, seed=0)  # noqa: E731
+    assert alone(policy) == alone(merged) != alone(original) == alone(reference)
     replies = [[r for r in group] for group in right]
     for ours, theirs in ((reference, original), (policy, merged)):
         a, b = (common.sequence_logprobs(m, prompts, replies, 1.0, device, 200) for m in (ours, theirs))

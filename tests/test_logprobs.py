@@ -60,7 +60,7 @@ def test_missing_completions_are_empty(model):
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
 def test_gradient_and_chunk_sizes(model, monkeypatch, chunk):
     """The chunked head's gradients, for every weight, equal those of plain autograd through the whole softmax."""
-    monkeypatch.setattr(common, "chunk_rows", lambda vocabulary: chunk)
+    monkeypatch.setattr(common, "chunk_rows", lambda *_: chunk)
     ours, theirs = copy.deepcopy(model).requires_grad_(True), copy.deepcopy(model).requires_grad_(True)
     weights = torch.linspace(-1, 2, 9).view(3, 3)
     (common.completion_logprobs(ours, common.collate(PROMPTS, COMPLETIONS, "cpu"), 0.8).sum(-1) * weights).sum().backward()
@@ -74,10 +74,10 @@ def test_soft_capped_logits_match_finite_differences():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (11, 6)))
     bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets, heat = torch.tensor([0, 3, 10, 3, 7]), torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
+    targets, heat = torch.tensor([0, 3, 10, 3, 7]), torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7])
 
     def ours(h, w, b):
-        return common._TokenLogprobs.apply(h, w, b, targets, heat, 3.0, False)[0].double()
+        return common._TokenLogprobs.apply(h, w, b, targets, heat[:, None], 3.0, False)[0].double()
 
     def whole(h, w, b):
         return torch.log_softmax(3.0 * torch.tanh((h @ w.T + b) / 3.0) / heat[:, None], -1)[range(5), targets]
@@ -119,3 +119,35 @@ def test_sampled_tokens_have_the_probability_they_were_drawn_with(model):
     sums = common.sequence_logprobs(model, [PROMPTS[0]], [[list(r) for r in top]], 0.6, "cpu", 1000)[0]
     for reply, logprob in zip(top, sums, strict=True):
         assert seen[reply] == pytest.approx(torch.tensor(logprob).exp().item(), abs=0.025)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient_from_less_memory(model):
+    """And the checkpointed policy still samples: with its caches, the very replies of the plain one."""
+    kept = {}
+    plain = common.make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=False)
+    saving = common.make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=True)
+    for name, policy in (("plain", plain), ("saving", saving)):
+        weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        seen = {}
+
+        def pack(x, weights=weights, seen=seen):
+            if x.untyped_storage().data_ptr() not in weights:
+                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = common.completion_logprobs(policy, common.collate(PROMPTS, COMPLETIONS, "cpu")).sum()
+        kept[name] = sum(seen.values())
+        result.backward()
+    assert kept["saving"] < 0.6 * kept["plain"]
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-12)
+    replies = [common.sample(policy, PROMPTS, [END], completions=2, max_new_tokens=6, seed=1) for policy in (plain, saving)]
+    assert replies[0] == replies[1]
+
+
+def test_padding_is_counted():
+    batch = common.collate(PROMPTS, COMPLETIONS, "cpu")
+    fed = batch.tokens
+    assert fed == 3 + 1 + 6 + (2 + 4 + 0) + (1 + 0 + 2) + (4 + 1 + 2) and batch.scored == 9 + 6 + 10
+    assert batch.input_ids.numel() == 3 * (16 + 3 * 8) > fed

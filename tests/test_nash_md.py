@@ -9,6 +9,7 @@ from running import metrics_of, resumed_equals_uninterrupted, start, summary_of
 
 import common
 import nash_md
+import optimization
 
 
 def test_loss_counts_masked_tokens_only_and_is_a_mean():
@@ -72,7 +73,7 @@ def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, oppo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ema_follows_its_recursion_in_float32_and_leaves_the_policy_alone(dtype):
     policy = tiny.model(24, seed=0).to(dtype).requires_grad_(True)
-    optimiser = common.MasterAdamW(policy, 0.0)
+    optimiser = optimization.MasterAdamW(policy, 0.0)
     ema = nash_md.EMA(optimiser, 0.9)
     expected = [m.clone() for m in optimiser.masters]
     batch = common.collate([[5, 6, 7]], [[[4, 5, 3]]], "cpu")

@@ -1,0 +1,233 @@
+"""Memory, foreseen: what a run will hold, reckoned from its model's sizes, and one rehearsed step on random weights (`--dry-run`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+import common
+import optimization
+import synthetic
+from common import require
+
+GIB = 2**30
+
+
+def prepare(args):
+    """The rehearsal of `args`: random weights in the model's shapes, random prompts of the greatest length, a random judge, one step.
+
+    Replies never end, so they too are as long as can be. Raises `UserError` when the sizes are not known, and when what is certain to be
+    held (weights, optimiser, caches) does not fit into what is free.
+    """
+    name = sizes_of(args.model)
+    require(
+        name is not None,
+        f"--dry-run: the sizes of --model {args.model} are not in the code. Known: {', '.join(synthetic.CONFIGS)}; or give a folder with a config.json.",
+    )
+    device = common.resolve_device(args.device)
+    needs = foreseen(args, device)
+    free = free_memory(device)
+    certain = sum(needs.values()) - needs[ACTIVATIONS]
+    if free is not None and certain > free:
+        raise common.UserError(
+            f"--dry-run: {args.model} needs {certain / GIB:.1f} GiB without any activations, and {device.type} has {free / GIB:.1f} GiB free.\n"
+            f"{table(needs)}\n{advice(args, device)}"
+        )
+    print(f"foreseen for {name} on {device.type}, dtype {str(common.resolve_dtype(args.dtype, device))[6:]}:\n{table(needs)}", flush=True)
+    prompts = args.batch_size
+    changed = dict(
+        model=synthetic.PREFIX + name,
+        dataset=f"{synthetic.PREFIX}{prompts + 2}:{args.max_prompt_length}:{args.max_new_tokens}",  # more, to be held out and set aside
+        num_prompts=prompts,
+        judge="random",
+        eval_judge=None,
+        eval_prompts=1,
+        max_steps=1,
+        iterations=1,
+        epochs=1,
+        offline_warmup=False,
+        save_every=0,
+        demonstrations="response",
+        min_demonstration_score=None,
+        dev_prompts=1,
+        sft_model=None,
+    )
+    return replace(args, **{f.name: changed[f.name] for f in fields(args) if f.name in changed})
+
+
+def sizes_of(model: str) -> str | None:
+    """The name under which `synthetic` knows a `--model` value, or None."""
+    model = model.removeprefix(synthetic.PREFIX)
+    name = {hub_id: name for name, hub_id in common.HUB_MODELS.items()}.get(model, model)
+    return name if synthetic.known(name) else None
+
+
+CACHES = "key-value caches of the decoded rows, a model"
+ACTIVATIONS = "activations of one micro-batch (about)"
+
+
+def foreseen(args, device: torch.device) -> dict[str, int]:
+    """Bytes by what holds them, from the model's sizes alone; activations are an estimate (`activation_bytes`), the rest is exact.
+
+    Left out: the judge, temporary buffers, the allocator's waste.
+    """
+    name = sizes_of(args.model)
+    config, model = synthetic.config(name), synthetic.meta_model(name)
+    item = common.resolve_dtype(args.dtype, device).itemsize
+    weights = sum(p.numel() for p in model.parameters())
+    adapter = sum(args.lora_rank * (i + o) for i, o in linear_shapes(model))
+    trained = adapter or weights
+    # SELM takes its reference's log-probs before it trains, and with LoRA the reference is the policy without its adapter.
+    second_model = not adapter and getattr(args, "exploration", None) != "selm"
+    states = optimization.bytes_per_weight(args.optimizer_states, common.resolve_dtype(args.dtype, device))
+    longest = args.max_prompt_length + args.max_new_tokens
+    tokens = max(args.micro_batch_tokens, longest + args.max_new_tokens)
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys_and_values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_width
+    needs = {
+        "policy's weights": weights * item,
+        "LoRA adapter": adapter * item,
+        "reference's weights": weights * item * second_model,
+        **{f"optimiser: {what}": trained * n for what, n in states.items()},
+        "moving average": trained * 4 * (getattr(args, "opponent", None) == "ema"),
+        CACHES: args.sample_rows * longest * keys_and_values * item,
+        ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
+    }
+    return {what: n for what, n in needs.items() if n}
+
+
+def linear_shapes(model) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every matrix a LoRA adapter stands beside: all linear layers but the vocabulary projection."""
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]
+
+
+def activation_bytes(config, item: int, checkpointing: bool) -> int:
+    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model; attention's own maps left out.
+
+    A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy, normalised, scaled), the queries,
+    keys and values as attention takes them (heads repeated), attention's output twice, and four numbers for each unit of the inner layer.
+    With checkpointing a layer keeps its input only, and one layer at a time all of it.
+    """
+    D, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * D
+    one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * inner
+    return layers * item * D + one if checkpointing else layers * one
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes on `device`; None where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return None
+
+
+def table(needs: dict[str, int]) -> str:
+    """`foreseen` as lines of text."""
+    rows = [*needs.items(), ("together", sum(needs.values()))]
+    return "\n".join(f"  {what:<48} {n / GIB:8.2f} GiB" for what, n in rows)
+
+
+def advice(args, device: torch.device) -> str:
+    """Which flags need less memory and about how much less, most saving first; without figures where the model's sizes are not known."""
+    options = {
+        "--micro-batch-tokens": {"micro_batch_tokens": max(1, args.micro_batch_tokens // 2)},
+        "--sample-rows": {"sample_rows": max(1, args.sample_rows // 2)},
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--optimizer-states": {"optimizer_states": "bfloat16"},
+        "--lora-rank": {"lora_rank": args.lora_rank or 32},
+    }
+    options = {flag: change for flag, change in options.items() if replace(args, **change) != args}
+    words = {flag: flag if True in change.values() else f"{flag} {next(iter(change.values()))}" for flag, change in options.items()}
+    if sizes_of(args.model) is None:
+        return "Less memory: " + ", ".join(words.values()) + "."
+    now = sum(foreseen(args, device).values())
+    saved = {flag: now - sum(foreseen(replace(args, **change), device).values()) for flag, change in options.items()}
+    ranked = sorted((flag for flag in saved if saved[flag] > 0), key=saved.get, reverse=True)
+    if not ranked:
+        return "Less memory: a smaller model."
+    return "Less memory, about: " + ", ".join(f"{words[flag]} saves {saved[flag] / GIB:.2f} GiB" for flag in ranked) + "."
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of several square matrix products on `device` in `dtype`: the ceiling that utilisation is a share of."""
+    best = 0.0
+    for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def model_flops(policy, tokens: int, scored: int, factor: int) -> int:
+    """factor · (N · tokens + V · D · scored): N the weights of the layers' matrices, and the vocabulary projection where a token is scored.
+
+    factor: 2 forward; 6 forward and backward; 4 with LoRA, as frozen weights have no gradient. Attention's own products are not counted, and
+    recomputation (checkpointing, the projection in backward) is not either.
+    """
+    head = common.head(policy)[0]
+    layers = sum(p.numel() for n, p in common.backbone(policy).named_parameters() if p.dim() > 1 and "lora_" not in n)
+    embedding = sum(m.weight.numel() for m in common.backbone(policy).modules() if isinstance(m, torch.nn.Embedding))
+    return factor * ((layers - embedding) * tokens + head.numel() * scored)
+
+
+def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
+    """What a rehearsed step took, by phase: seconds, tokens a second, peak bytes, and the share of the measured matmul peak."""
+    weight = common.head(policy)[0]
+    peak = matmul_peak(weight.device, weight.dtype)
+    factors = {"training": 4 if args.lora_rank else 6, "reference": 2}
+    for name, phase in phases.items():
+        if phase["tokens"]:
+            phase["tokens_per_second"] = phase["tokens"] / phase["seconds"]
+        if name in factors:
+            seconds = phase["seconds"] + (phases["update"]["seconds"] if name == "training" else 0)
+            phase["model_flops"] = model_flops(policy, phase["tokens"], phase["scored"], factors[name])
+            phase["model_flops_utilisation"] = phase["model_flops"] / seconds / peak
+    return {
+        "model": args.model,
+        "matmul_peak_flops_per_second": peak,
+        "foreseen_bytes": foreseen(args, weight.device),
+        "phases": {name: dict(phase) for name, phase in phases.items()},
+        "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
+        "note": "random weights, random prompts, random judge: the figures are the machine's, nothing was learnt; a real judge's memory comes on top",
+        **environment,
+    }
+
+
+def report_text(result: dict, folder: Path) -> str:
+    """`report` as a person reads it."""
+    lines = ["", f"one step of {result['model']} at the greatest lengths (a first step: warm-up of kernels included)"]
+    lines.append(f"  {'phase':<12} {'seconds':>9} {'tokens/s':>10} {'peak memory':>13} {'utilisation':>12}")
+    for name, phase in result["phases"].items():
+        rate = f"{phase['tokens_per_second']:.0f}" if "tokens_per_second" in phase else "–"
+        share = f"{phase['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in phase else "–"
+        lines.append(f"  {name:<12} {phase['seconds']:>9.2f} {rate:>10} {phase['peak_memory_bytes'] / GIB:>9.2f} GiB {share:>12}")
+    lines += [
+        f"  matrix products reach {result['matmul_peak_flops_per_second'] / 1e12:.2f} TFLOP/s here. Utilisation: 6 (LoRA: 4; reference: 2) FLOPs for",
+        "  each weight and token that meet, attention and recomputation not counted, training with its update, over that peak.",
+        f"  {result['note']}",
+        f"  {folder / 'dry_run.json'}",
+    ]
+    return "\n".join(lines)
+
+
+def write(result: dict, folder: Path) -> None:
+    """Write dry_run.json into the run folder and print it as text."""
+    (folder / "dry_run.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(report_text(result, folder))
