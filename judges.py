@@ -19,6 +19,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -214,7 +215,7 @@ class PairRM(torch.nn.Module):
         self.head_layer = nn.Sequential(nn.Identity(), nn.Linear(2 * D, D), nn.Tanh(), nn.Identity(), nn.Linear(D, tasks))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-        """(B,) score of candidate 1 minus that of candidate 2, in nats of log-odds, from (B, L) ids and mask and (B, 3) places of the marks."""
+        """(B,) log-odds, score of candidate 1 minus that of candidate 2, from (B, L) ids and mask and the (B, 3) places of the marks."""
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         source, *candidates = hidden.gather(1, marks[:, :, None].expand(-1, -1, hidden.shape[-1])).float().unbind(1)  # (B, D) each
         first, second = (self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates)  # (B, tasks)
@@ -229,17 +230,14 @@ def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, token
     normaliser. Float32, or as in the package float16 on CUDA; the head always in float32.
     """
     require(bool(name), f"{flag} pairrm:ID needs a hub id or folder after 'pairrm:'.")
-    with hub_errors(flag, name):
-        find = lambda *files: next(filter(None, (cached_file(name, f, _raise_exceptions_for_missing_entries=False) for f in files)), None)  # noqa: E731
-        found = {
-            "config.json": find("config.json"),
-            "model.safetensors": find("model.safetensors", "pytorch_model.bin"),
-            "tokenizer.json": find("tokenizer.json"),
-        }
-    for file, path in found.items():
-        hint = f" Copy that of {PAIRRM_ID}: the tokenizer is the same." if file == "tokenizer.json" else ""
-        require(path is not None, f"{flag} pairrm:{name}: no {file} there.{hint}")
-    written = json.loads(Path(found["config.json"]).read_text())
+
+    def find(*files: str, hint: str = "") -> str:
+        with hub_errors(flag, name):
+            paths = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files]
+        require(any(paths), f"{flag} pairrm:{name}: no {files[0]} there.{hint}")
+        return next(filter(None, paths))
+
+    written = json.loads(Path(find("config.json")).read_text())
     original = written.get("ranker_type") == "pairranker"
     require(
         original or written.get("model_type") == "deberta-v2",
@@ -248,27 +246,27 @@ def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, token
     base = written["model_name"] if original else name
     with hub_errors(flag, base):
         config = transformers.DebertaV2Config.from_pretrained(base)
-    if found["model.safetensors"].endswith(".bin"):
-        weights = torch.load(found["model.safetensors"], map_location="cpu", weights_only=True)
-    else:
-        weights = safetensors.torch.load_file(found["model.safetensors"])
+
+    tokenizer = tokenizers.Tokenizer.from_file(find("tokenizer.json", hint=f" Copy that of {PAIRRM_ID}: the tokenizer is the same."))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    file = find("model.safetensors", "pytorch_model.bin")
+    read = safetensors.torch.load_file if file.endswith(".safetensors") else partial(torch.load, map_location="cpu", weights_only=True)
+    weights = read(file)
     embeddings, last = (weights.get(key) for key in ("pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"))
     require(embeddings is not None and last is not None, f"{flag} pairrm:{name}: its weights are not PairRM's (no head_layer.4.weight).")
+    for token in (*PAIRRM_MARKS, "[CLS]", "[SEP]"):
+        id = tokenizer.token_to_id(token)
+        require(id is not None and id < len(embeddings), f"{flag} pairrm:{name}: its tokenizer has no {token} that its weights know.")
+
     config.vocab_size = len(embeddings)  # the base model's, and the marks
     model = PairRM(config, tasks=len(last))
     try:
         missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
-        raise UserError(
-            f"{flag} pairrm:{name}: its weights do not fit the config of {base}: {str(error).splitlines()[1].strip()}"
-        ) from error
-    require(not missing, f"{flag} pairrm:{name}: {len(missing)} weights are missing, the first {missing[0]}." if missing else "")
-    tokenizer = tokenizers.Tokenizer.from_file(found["tokenizer.json"])
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    for token in (*PAIRRM_MARKS, "[CLS]", "[SEP]"):
-        id = tokenizer.token_to_id(token)
-        require(id is not None and id < len(embeddings), f"{flag} pairrm:{name}: its tokenizer has no {token} that its weights know.")
+        problem = str(error).splitlines()[1].strip()
+        raise UserError(f"{flag} pairrm:{name}: its weights do not fit the config of {base}: {problem}") from error
+    require(not missing, f"{flag} pairrm:{name}: {len(missing)} weights are missing, such as {', '.join(missing[:1])}.")
     model.to(device).eval().requires_grad_(False)
     if torch.device(device).type == "cuda":
         model.pretrained_model.half()
@@ -338,7 +336,7 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
 
     One order; `both_orders` averages the two, as the model's card does. The question is a user's message in the model's chat
     template, without the beginning-of-sequence token; the answer's first token is read after the assistant's header. A
-    question longer than the model's limit loses its beginning.
+    question longer than the model's limit loses its beginning. `max_tokens` bounds a forward pass, padding included.
     """
     require(bool(name), f"{flag} pairwise:ID needs a hub id or folder after 'pairwise:'.")
     with hub_errors(flag, name):
@@ -348,8 +346,8 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
     answers = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
     require(single, f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} and {answers[1]}.")
-    yes, no = answers[0][0], answers[1][0]
-    limit = min(getattr(model.config, "max_position_embeddings", max_tokens), max_tokens)
+    token_a, token_b = answers[0][0], answers[1][0]
+    limit = getattr(model.config, "max_position_embeddings", 8192)
 
     def question_ids(prompt, a, b):
         message = {"role": "user", "content": pairwise_question(prompt, a, b)}
@@ -365,7 +363,7 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
             ids, mask = left_pad([rows[i] for i in part], device)  # (b, L)
             places = (mask.cumsum(1) - 1).clamp(min=0)
             logits = model(input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-            difference[part] = (logits[:, yes] - logits[:, no]).cpu()
+            difference[part] = (logits[:, token_a] - logits[:, token_b]).cpu()
         return torch.sigmoid(difference)
 
     return preference

@@ -140,6 +140,9 @@ def broken(folder: Path, how: str) -> None:
         weights = {key: w for key, w in weights.items() if "head" not in key}
     elif how == "a layer less":
         weights = {key: w for key, w in weights.items() if "layer.1." not in key or "head" in key}
+    elif how == "a smaller vocabulary":
+        key = "pretrained_model.embeddings.word_embeddings.weight"
+        weights[key] = weights[key][:-2].contiguous()
     elif how == "another width":
         config["intermediate_size"] = 64
     elif how == "no marks":
@@ -158,8 +161,9 @@ def broken(folder: Path, how: str) -> None:
         ("tokenizer.json", "no tokenizer.json there. Copy that of llm-blender/PairRM-hf"),
         ("another model", "config.json is neither PairRM's"),
         ("no head", "its weights are not PairRM's"),
-        ("a layer less", "weights are missing, the first pretrained_model.encoder.layer.1"),
+        ("a layer less", "weights are missing, such as pretrained_model.encoder.layer.1"),
         ("another width", "its weights do not fit the config of .*size mismatch for pretrained_model"),
+        ("a smaller vocabulary", r"its tokenizer has no <\|candidate2\|> that its weights know"),
         ("no marks", r"its tokenizer has no <\|candidate2\|>"),
     ],
 )
