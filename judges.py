@@ -234,6 +234,8 @@ def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, token
     def find(*files: str, hint: str = "") -> str:
         with hub_errors(flag, name):
             paths = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files]
+            if not any(paths) and not Path(name).is_dir():
+                cached_file(name, files[0])  # raises, saying why: no network, no such repository, no such file
         require(any(paths), f"{flag} pairrm:{name}: no {files[0]} there.{hint}")
         return next(filter(None, paths))
 
