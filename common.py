@@ -87,6 +87,8 @@ HUB_MODELS = {
     "zephyr-7b": "HuggingFaceH4/mistral-7b-sft-beta",
     "phi3-mini": "microsoft/Phi-3-mini-4k-instruct",
     "pythia-1b-tldr": "trl-lib/pythia-1b-deduped-tldr-sft",
+    "gpt2": "openai-community/gpt2",
+    "gemma-2b": "google/gemma-2b",
 }
 
 
@@ -250,6 +252,15 @@ def choose_attention(attention: str, device: torch.device, longest: int) -> str:
     return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
 
 
+def without_dropout(source: str):
+    """The transformers config of a folder or hub id, every dropout 0."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> torch.nn.Module:
     """Causal language model for a `--model` value: weights in `dtype`, every dropout 0, on `device`, frozen.
 
@@ -261,10 +272,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
     else:
         source = model_source(name)
         with hub_errors("--model", name):
-            config = transformers.AutoConfig.from_pretrained(source)
-            for key, value in vars(config).items():
-                if "drop" in key and isinstance(value, float):
-                    setattr(config, key, 0.0)
+            config = without_dropout(source)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
@@ -317,8 +325,8 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
     return projection.weight, getattr(projection, "bias", None), getattr(inner.config, "final_logit_softcapping", None)
 
 
-def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool):
-    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights.
+def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool, task: str = "CAUSAL_LM"):
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights. `task` is peft's.
 
     The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32 copy of every layer's input.
     """
@@ -327,7 +335,7 @@ def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointin
     if lora_rank == 0:
         return model.requires_grad_(True)
     peft = optional_import("peft", "'cleanalign[lora]'")
-    config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -386,19 +394,22 @@ class Row:
     response: str | None = None
 
 
-HUB_DATASETS = {  # name: (hub id, training split, held-out split)
-    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs"),
-    "tldr": ("trl-lib/tldr", "train", "test"),
+HUB_DATASETS = {  # name: (hub id, folder in it, training split, held-out split)
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs"),
+    "tldr": ("trl-lib/tldr", None, "train", "test"),
+    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "train", "test"),
+    "hh-helpful": ("Anthropic/hh-rlhf", "helpful-base", "train", "test"),
 }
 HELD_OUT_SEED = 20240531  # which rows of a set without a test split are held out: the same for every run
 
 
-def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> tuple[list[Row], list[Row]]:
+def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128, response: str = "response") -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows (at least `held_out` of them, where there are that many), with disjoint prompts.
 
     Args:
         spec: `chitchat`, a name of `HUB_DATASETS`, `ORG/NAME` or `ORG/NAME:SPLIT` on the hub, or a .jsonl, .jsonl.gz or .parquet file.
         columns: what each row must have beyond its prompt: "chosen", "rejected", "response".
+        response: the column read as `response`.
 
     Rows that cannot be used are dropped and counted by reason. A set with a test split of its own keeps it; from any other,
     `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError` for what cannot be read or used.
@@ -409,8 +420,8 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> 
     elif spec == "chitchat":
         train_raw, test_raw = _chitchat()
     elif spec in HUB_DATASETS:
-        name, train_split, test_split = HUB_DATASETS[spec]
-        train_raw, test_raw = _hub_rows(name, train_split), _hub_rows(name, test_split)
+        name, folder, train_split, test_split = HUB_DATASETS[spec]
+        train_raw, test_raw = _hub_rows(name, train_split, folder), _hub_rows(name, test_split, folder)
     elif spec.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         train_raw = _file_rows(Path(spec))
     elif spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
@@ -421,9 +432,9 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> 
             f"--dataset {spec}: no such name, and not a .jsonl, .jsonl.gz or .parquet file. {near(spec, ['chitchat', *HUB_DATASETS])}"
         )
 
-    train = _usable_rows(spec, train_raw, columns)
+    train = _usable_rows(spec, train_raw, columns, response)
     if test_raw is not None:
-        test = _usable_rows(f"{spec} (held out)", test_raw, columns)
+        test = _usable_rows(f"{spec} (held out)", test_raw, columns, response)
     else:
         by_prompt = sorted({prompt_text(row.prompt) for row in train})
         random.Random(HELD_OUT_SEED).shuffle(by_prompt)
@@ -435,6 +446,12 @@ def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128) -> 
     require(bool(train), f"--dataset {spec}: no row is left for training.")
     require(bool(test), f"--dataset {spec}: no row is left to hold out.")
     return train, test
+
+
+def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
+    """Every usable row of a .jsonl, .jsonl.gz or .parquet file given as `flag path`. Raises `UserError` as `load_rows` does."""
+    require(path.endswith((".jsonl", ".jsonl.gz", ".parquet")), f"{flag} {path}: not a .jsonl, .jsonl.gz or .parquet file.")
+    return _usable_rows(path, _file_rows(Path(path), flag), columns)
 
 
 def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
@@ -461,8 +478,8 @@ def _chitchat() -> tuple[list, list]:
     return splits
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    require(path.is_file(), f"--dataset {path}: no such file.")
+def _file_rows(path: Path, flag: str = "--dataset") -> Iterator[tuple[str, dict]]:
+    require(path.is_file(), f"{flag} {path}: no such file.")
     if path.suffix == ".parquet":
         table = optional_import("pyarrow.parquet", "pyarrow").read_table(path)
         yield from ((f"{path.name}:{i}", row) for i, row in enumerate(table.to_pylist()))
@@ -479,13 +496,13 @@ def _file_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 require(isinstance(row, dict), f"{path}:{number}: a row must be a JSON object, this is a {type(row).__name__}.")
                 yield f"{path.name}:{number}", row
         except (OSError, UnicodeDecodeError, EOFError) as error:
-            raise UserError(f"--dataset {path}: cannot be read as (gzipped) UTF-8 text: {error}") from error
+            raise UserError(f"{flag} {path}: cannot be read as (gzipped) UTF-8 text: {error}") from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+def _hub_rows(name: str, split: str, folder: str | None = None) -> Iterator[tuple[str, dict]]:
     datasets = optional_import("datasets", "'cleanalign[hub]'")
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, data_dir=folder, split=split)
     except Exception as error:  # the client raises a dozen unrelated classes here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -494,10 +511,10 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     yield from ((f"{split}:{i}", row) for i, row in enumerate(loaded))
 
 
-def _usable_rows(spec: str, raw: Iterable[tuple[str, dict]], columns: tuple[str, ...]) -> list[Row]:
+def _usable_rows(spec: str, raw: Iterable[tuple[str, dict]], columns: tuple[str, ...], response: str = "response") -> list[Row]:
     rows, dropped = [], Counter()
     for row_id, fields in raw:
-        row = parse_row(row_id, fields, columns)
+        row = parse_row(row_id, fields, columns, response)
         if isinstance(row, Row):
             rows.append(row)
         else:
@@ -514,15 +531,19 @@ def report_dropped(what: str, total: int, dropped: Counter) -> None:
     require(total > dropped.total(), f"{what}: no usable row" + (f" (dropped: {reasons})." if dropped else ": it is empty."))
 
 
-def parse_row(row_id: str, fields: dict, columns: tuple[str, ...]) -> Row | str:
+def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str = "response") -> Row | str:
     """One raw row in any accepted format as a `Row`, or the reason why it must be dropped.
 
     Formats: TRL's standard (`prompt`, `chosen`, `rejected`, `completion` as text) and conversational (each a list of
     messages; the prompt explicit, or implicit as what `chosen` and `rejected` share), and HH-RLHF's text dialogues.
     Raises `UserError` for a missing or mistyped column, naming the row.
     """
+    names = ", ".join(fields) or "none"
     fields = dict(fields)
-    if fields.get("response") is None and fields.get("completion") is not None:
+    if response != "response":
+        require("response" not in columns or response in fields, f"{row_id}: no column {response!r}; this row has {names}.")
+        fields["response"] = fields.get(response)
+    elif fields.get("response") is None and fields.get("completion") is not None:
         fields["response"] = fields["completion"]
     texts, prompts = {}, []
     for key in ("chosen", "rejected", "response"):
@@ -539,7 +560,7 @@ def parse_row(row_id: str, fields: dict, columns: tuple[str, ...]) -> Row | str:
             return "mismatched prompts"
         prompt = prompts[0]
     for column, value in (("prompt", prompt), *((c, texts.get(c)) for c in columns)):
-        require(value is not None, f"{row_id}: no column {column!r}; this row has {', '.join(fields) or 'none'}.")
+        require(value is not None, f"{row_id}: no column {column!r}; this row has {names}.")
     _require_prompt(row_id, prompt)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         return "prompt ending with the assistant's turn"
@@ -926,6 +947,16 @@ def count_tokens(prompts: list[list[int]], completions: list[list[list[int]]]) -
     return sum(map(len, prompts)) + sum(max(n - 1, 0) for n in lengths), sum(lengths)
 
 
+def completion_hidden(model, batch: Batch) -> torch.Tensor:
+    """Last hidden states (G, K, T, D): at t, of the position that predicts token t, which has seen the prompt and the tokens before t."""
+    transformer = backbone(model)
+    additive = torch.zeros(batch.allowed.shape, dtype=transformer.dtype, device=batch.input_ids.device)
+    additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
+    with adapter_switch(model), checkpointing(model):
+        out = transformer(input_ids=batch.input_ids, attention_mask=additive[:, None], position_ids=batch.position_ids, use_cache=False)
+    return out.last_hidden_state[:, batch.source.flatten()].unflatten(1, batch.source.shape)
+
+
 def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor = 1.0, entropy: bool = False):
     """Log-probs (G, K, T) of every completion token under `model`, 0 where the mask is 0; float32, differentiable.
 
@@ -939,11 +970,7 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     """
     G, K, T = batch.mask.shape
     weight, bias, softcap = head(model)
-    additive = torch.zeros(batch.allowed.shape, dtype=weight.dtype, device=weight.device)
-    additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
-    with adapter_switch(model), checkpointing(model):
-        out = backbone(model)(input_ids=batch.input_ids, attention_mask=additive[:, None], position_ids=batch.position_ids, use_cache=False)
-    hidden = out.last_hidden_state[:, batch.source.flatten()].view(G, K, T, -1)
+    hidden = completion_hidden(model, batch)  # (G, K, T, D)
     counted = batch.mask.bool()
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((G, K), float(temperature), device=weight.device)

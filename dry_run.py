@@ -44,7 +44,7 @@ def prepare(args):
     prompts = args.batch_size
     changed = dict(
         model=synthetic.PREFIX + name,
-        dataset=f"{synthetic.PREFIX}{prompts + 1}:{args.max_prompt_length}:{args.max_new_tokens}",  # one more, to be held out
+        dataset=f"{synthetic.PREFIX}{prompts + 2}:{args.max_prompt_length}:{args.max_new_tokens}",  # more, to be held out and set aside
         num_prompts=prompts,
         judge="random",
         eval_judge=None,
@@ -54,6 +54,10 @@ def prepare(args):
         epochs=1,
         offline_warmup=False,
         save_every=0,
+        demonstrations="response",
+        min_demonstration_score=None,
+        dev_prompts=1,
+        sft_model=None,
     )
     return replace(args, **{f.name: changed[f.name] for f in fields(args) if f.name in changed})
 

@@ -81,7 +81,8 @@ class Args:
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model) or FILE.py:FUNCTION."""
+    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that answers A or B)
+    or FILE.py:FUNCTION; see docs/judges.md."""
     eval_judge: str | None = "polarity"
     """A second judge that is never trained on; None for none."""
     eval_prompts: int = 128

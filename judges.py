@@ -4,26 +4,36 @@
     --judge polarity           TextBlob's polarity, an independent lexicon; p as above
     --judge cycle              question ≻ exclamation ≻ statement ≻ question: no scalar can express it
     --judge hf:ID              a sequence-classification reward model with its own tokenizer; p = σ(r(a) − r(b))
+    --judge pairrm             PairRM, SELM's judge, reads both replies at once; pairrm:ID or pairrm:FOLDER for another copy
+    --judge pairwise:ID        a causal language model that answers A or B, in RLHFlow's format
     --judge random             a number made of the reply's characters: for --dry-run; there is nothing to learn from it
-    --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; need not come from any scalar
+    --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; need not come from any scalar.
+                               Or a reward f(prompts, replies) -> r for each; p = σ(r(a) − r(b))
 
 Judges see text, batched. Nothing forces a judge through a scalar: ask `preference`, or `preference_matrix` for
-more than two candidates; `score` is None where there is no scalar.
+more than two candidates; `score` is None where there is no scalar. docs/judges.md has formulas, cost and what is untested.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import safetensors.torch
+import tokenizers
 import torch
+import transformers
 from tqdm import tqdm
+from transformers.utils.hub import cached_file
 
 import synthetic
-from common import Prompt, UserError, hub_errors, near, optional_import, prompt_text, require, write_dialogue
+from common import Prompt, UserError, hub_errors, left_pad, near, optional_import, prompt_text, require, write_dialogue
 
 LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so certain cases reach p = .98
 
@@ -34,6 +44,7 @@ class Judge:
 
     preference(prompts, a, b) -> (B,) float32 tensor of p(a ≻ b); score(prompts, replies) -> (B,) float32, or None.
     Where there is a score, p(a ≻ b) = σ(scale · (score(a) − score(b))). measure(replies) gives metrics of its own, to be logged.
+    `symmetric` judges give p(a ≻ b) + p(b ≻ a) = 1 by construction, so asking in the other order would tell nothing.
     """
 
     name: str
@@ -41,6 +52,7 @@ class Judge:
     score: Callable[[list[Prompt], list[str]], torch.Tensor] | None = None
     scale: float = 1.0
     measure: Callable[[list[str]], dict[str, float]] | None = None
+    symmetric: bool = False
 
 
 def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--judge") -> Judge:
@@ -53,11 +65,14 @@ def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--jud
         return scalar_judge(spec, lambda prompts, replies: torch.tensor([synthetic.coin(reply) for reply in replies]))
     if spec.startswith("hf:"):
         return scalar_judge(spec, reward_model(spec[3:], device, flag))
+    if spec == "pairrm" or spec.startswith("pairrm:"):
+        return Judge(spec, pairrm(PAIRRM_ID if spec == "pairrm" else spec[len("pairrm:") :], device, flag), symmetric=True)
+    if spec.startswith("pairwise:"):
+        return Judge(spec, pairwise_model(spec[len("pairwise:") :], device, flag))
     if ".py:" in spec:
         return function_judge(spec, flag)
-    if spec == "pairrm" or spec.startswith("pairwise:"):
-        raise UserError(f"{flag} {spec}: not there yet. Use {flag} hf:ID (a reward model) or {flag} sentiment.")
-    raise UserError(f"{flag} {spec}: no such judge. {near(spec, [*LEXICONS, 'cycle', 'hf:ID', 'FILE.py:FUNCTION'])}")
+    known = [*LEXICONS, "cycle", "hf:ID", "pairrm", "pairrm:ID", "pairwise:ID", "FILE.py:FUNCTION"]
+    raise UserError(f"{flag} {spec}: no such judge. {near(spec, known)}")
 
 
 def scalar_judge(name: str, score: Callable, scale: float = 1.0) -> Judge:
@@ -121,8 +136,6 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     decoder HH-RLHF's "Human: … Assistant: …" text. One label is the reward; of two, the second's logit minus the
     first's. Texts longer than the model's limit lose their beginning, never the reply's end.
     """
-    import transformers
-
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
     with hub_errors(flag, name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
@@ -166,11 +179,213 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     return score
 
 
+# --- judges that read both replies at once --------------------------------------------------
+
+
+def conversation(prompt: Prompt) -> list[dict]:
+    """The prompt as user and assistant messages. These judges know no system message: it goes in front of the first user's."""
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if messages[0]["role"] == "system" and len(messages) > 1:
+        first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        messages = [{**messages[1], "content": first}, *messages[2:]]
+    return messages
+
+
+def by_length(rows: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Indices of token rows, shortest first, in parts of at most `max_tokens` (or one row), padding included."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if parts and (len(parts[-1]) + 1) * len(rows[i]) <= max_tokens:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+PAIRRM_ID = "llm-blender/PairRM-hf"  # the authors' conversion of llm-blender/PairRM; unlike that, it carries its DeBERTa config
+PAIRRM_MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
+PAIRRM_LENGTHS = (1224, 412)  # tokens of source and candidate: PairRM-hf's card has them, its config does not
+PAIRRM_TASK = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."  # sic: trained so
+
+
+class PairRM(torch.nn.Module):
+    """DeBERTa-v2 over source and both candidates, each begun by a mark, and a head that scores a candidate (arXiv 2306.02561).
+
+    Parameters have the names they have in both checkpoints of the hub, whose head has dropouts where the identities stand.
+    """
+
+    def __init__(self, config: transformers.DebertaV2Config, tasks: int):
+        super().__init__()
+        D, nn = config.hidden_size, torch.nn
+        self.pretrained_model = transformers.DebertaV2Model(config)
+        self.head_layer = nn.Sequential(nn.Identity(), nn.Linear(2 * D, D), nn.Tanh(), nn.Identity(), nn.Linear(D, tasks))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        """(B,) log-odds, score of candidate 1 minus that of candidate 2, from (B, L) ids and mask and the (B, 3) places of the marks."""
+        hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        source, *candidates = hidden.gather(1, marks[:, :, None].expand(-1, -1, hidden.shape[-1])).float().unbind(1)  # (B, D) each
+        first, second = (self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates)  # (B, tasks)
+        return (first - second).mean(-1)
+
+
+def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, tokenizers.Tokenizer, tuple[int, int]]:
+    """Model, tokenizer and longest (source, candidate) of a hub id or folder, in the layout of PairRM-hf or of the original PairRM.
+
+    The original's config.json describes a ranker and names the base model whose DeBERTa config holds; PairRM-hf's is that
+    config. The tokenizer is tokenizer.json as it stands: `AutoTokenizer` of transformers 5 would rebuild it without its
+    normaliser. Float32, or as in the package float16 on CUDA; the head always in float32.
+    """
+    require(bool(name), f"{flag} pairrm:ID needs a hub id or folder after 'pairrm:'.")
+
+    def find(*files: str, hint: str = "") -> str:
+        with hub_errors(flag, name):
+            paths = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files]
+            if not any(paths) and not Path(name).is_dir():
+                cached_file(name, files[0])  # raises, saying why: no network, no such repository, no such file
+        require(any(paths), f"{flag} pairrm:{name}: no {files[0]} there.{hint}")
+        return next(filter(None, paths))
+
+    written = json.loads(Path(find("config.json")).read_text())
+    original = written.get("ranker_type") == "pairranker"
+    require(
+        original or written.get("model_type") == "deberta-v2",
+        f"{flag} pairrm:{name}: its config.json is neither PairRM's (ranker_type pairranker) nor PairRM-hf's (model_type deberta-v2).",
+    )
+    base = written["model_name"] if original else name
+    with hub_errors(flag, base):
+        config = transformers.DebertaV2Config.from_pretrained(base)
+
+    tokenizer = tokenizers.Tokenizer.from_file(find("tokenizer.json", hint=f" Copy that of {PAIRRM_ID}: the tokenizer is the same."))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    file = find("model.safetensors", "pytorch_model.bin")
+    read = safetensors.torch.load_file if file.endswith(".safetensors") else partial(torch.load, map_location="cpu", weights_only=True)
+    weights = read(file)
+    embeddings, last = (weights.get(key) for key in ("pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"))
+    require(embeddings is not None and last is not None, f"{flag} pairrm:{name}: its weights are not PairRM's (no head_layer.4.weight).")
+    for token in (*PAIRRM_MARKS, "[CLS]", "[SEP]"):
+        id = tokenizer.token_to_id(token)
+        require(id is not None and id < len(embeddings), f"{flag} pairrm:{name}: its tokenizer has no {token} that its weights know.")
+
+    config.vocab_size = len(embeddings)  # the base model's, and the marks
+    model = PairRM(config, tasks=len(last))
+    try:
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip()
+        raise UserError(f"{flag} pairrm:{name}: its weights do not fit the config of {base}: {problem}") from error
+    require(not missing, f"{flag} pairrm:{name}: {len(missing)} weights are missing, such as {', '.join(missing[:1])}.")
+    model.to(device).eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        model.pretrained_model.half()
+    return model, tokenizer, (written["source_maxlength"], written["candidate_maxlength"]) if original else PAIRRM_LENGTHS
+
+
+def pairrm_texts(prompt: Prompt, *replies: str) -> list[str]:
+    """[source, candidate, …]: a single turn as it is; of a dialogue all user turns and all assistant turns, in the package's words."""
+    messages = conversation(prompt)
+    if len(messages) == 1:
+        return [messages[0]["content"], *replies]
+    users, before = ([m["content"] for m in messages if m["role"] == role] for role in ("user", "assistant"))
+    source = PAIRRM_TASK + "\n".join(f"USER: {text}\nAssistant: <Response {i}>" for i, text in enumerate(users, 1))
+    return [source, *("\n".join(f"<Response {i}>: {text}" for i, text in enumerate([*before, reply], 1)) for reply in replies)]
+
+
+def pairrm_ids(tokenizer: tokenizers.Tokenizer, lengths: tuple[int, int], texts: list[str]) -> tuple[list[int], list[int]]:
+    """Token ids of [source, candidate 1, candidate 2] in one row, and the places of their three marks.
+
+    Each is [CLS] mark text [SEP], cut at the text's end. `lengths` are the longest source and candidate, those three included;
+    what the source leaves free is shared by the candidates.
+    """
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    row, places, longest = [], [], lengths[0]
+    for mark, text in zip(PAIRRM_MARKS, texts, strict=True):
+        ids = tokenizer.encode(mark + text.replace("[SEP]", " "), add_special_tokens=False).ids[: longest - 2]
+        places.append(len(row) + 1)
+        row += [cls, *ids, sep]
+        if mark == PAIRRM_MARKS[0]:
+            longest = (lengths[0] + 2 * lengths[1] - len(row)) // 2
+    return row, places
+
+
+def pairrm(name: str, device, flag: str = "--judge", max_tokens: int = 4096) -> Callable:
+    """preference(prompts, a, b) of PairRM: p(a ≻ b) = σ(½ [s(a, b) − s(b, a)]), with s(first, second) the model's logit for `first`.
+
+    s was trained as the log-odds of a single order (loss −log σ(s)). The package's `compare` adds both orders, s(a, b) − s(b, a),
+    which has the same sign and twice the size; half of it is the mean, the scale that was trained. `max_tokens` bounds a
+    forward pass, padding included.
+    """
+    model, tokenizer, lengths = load_pairrm(name, device, flag)
+
+    @torch.inference_mode()
+    def preference(prompts, a, b):
+        texts = [pairrm_texts(*row) for row in zip(prompts, a, b, strict=True)]
+        swapped = [[source, second, first] for source, first, second in texts]
+        rows, places = map(list, zip(*(pairrm_ids(tokenizer, lengths, row) for row in texts + swapped), strict=True))
+        logits = torch.zeros(len(rows))
+        for part in tqdm(by_length(rows, max_tokens), desc="judge", leave=False, disable=len(rows) < 128):
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], batch_first=True)  # (b, L)
+            mask = torch.arange(ids.shape[1]) < torch.tensor([[len(rows[i])] for i in part])
+            marks = torch.tensor([places[i] for i in part])
+            logits[part] = model(ids.to(device), mask.long().to(device), marks.to(device)).cpu()
+        return torch.sigmoid((logits[: len(a)] - logits[len(a) :]) / 2)
+
+    return preference
+
+
+def pairwise_question(prompt: Prompt, a: str, b: str) -> str:
+    """What RLHFlow's preference models are asked (card of RLHFlow/pair-preference-model-LLaMA3-8B); the answer is the token A or B."""
+    context = "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in conversation(prompt))
+    return f"[CONTEXT] \n{context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
+
+
+def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 16_384) -> Callable:
+    """preference(prompts, a, b) of a causal model that answers A or B: p(a ≻ b) = σ(logit of A − logit of B), at temperature 1.
+
+    One order; `both_orders` averages the two, as the model's card does. The question is a user's message in the model's chat
+    template, without the beginning-of-sequence token; the answer's first token is read after the assistant's header. A
+    question longer than the model's limit loses its beginning. `max_tokens` bounds a forward pass, padding included.
+    """
+    require(bool(name), f"{flag} pairwise:ID needs a hub id or folder after 'pairwise:'.")
+    with hub_errors(flag, name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval().requires_grad_(False)
+    require(bool(tokenizer.chat_template), f"{flag} pairwise:{name}: its tokenizer has no chat template, so it cannot be asked.")
+    answers = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+    single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
+    require(single, f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} and {answers[1]}.")
+    token_a, token_b = answers[0][0], answers[1][0]
+    limit = getattr(model.config, "max_position_embeddings", 8192)
+
+    def question_ids(prompt, a, b):
+        message = {"role": "user", "content": pairwise_question(prompt, a, b)}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        text = text.replace(tokenizer.bos_token, "") if tokenizer.bos_token else text
+        return tokenizer.encode(text, add_special_tokens=False)[-limit:]
+
+    @torch.inference_mode()
+    def preference(prompts, a, b):
+        rows = [question_ids(*row) for row in zip(prompts, a, b, strict=True)]
+        difference = torch.zeros(len(rows))
+        for part in tqdm(by_length(rows, max_tokens), desc="judge", leave=False, disable=len(rows) < 128):
+            ids, mask = left_pad([rows[i] for i in part], device)  # (b, L)
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+            difference[part] = (logits[:, token_a] - logits[:, token_b]).cpu()
+        return torch.sigmoid(difference)
+
+    return preference
+
+
 # --- your own function ----------------------------------------------------------------------
 
 
 def function_judge(spec: str, flag: str = "--judge") -> Judge:
-    """`FILE.py:FUNCTION`, f(prompts: list[str], a: list[str], b: list[str]) -> sequence of p(a ≻ b), checked on every call."""
+    """`FILE.py:FUNCTION`, f(prompts: list[str], a: list[str], b: list[str]) -> sequence of p(a ≻ b), checked on every call.
+
+    A function of two arguments, f(prompts, replies) -> sequence of rewards, makes a judge with a scalar. An attribute `measure` of
+    the function, replies -> {name: value}, is the judge's own.
+    """
     path, _, name = spec.rpartition(":")
     require(Path(path).is_file(), f"{flag} {spec}: no file {path}.")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -183,25 +398,38 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
     offered = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
     require(callable(function), f"{flag} {spec}: no function {name!r} in {path}, which has {', '.join(offered) or 'none'}.")
 
-    def preference(prompts, a, b):
+    scalar = len(inspect.signature(function).parameters) == 2
+    kind, one = ("replies", "reward") if scalar else ("pairs", "p(a ≻ b)")
+
+    def ask(prompts, *replies) -> list:
         texts = [prompt_text(prompt) for prompt in prompts]
         try:
-            answer = list(function(texts, list(a), list(b)))
+            answer = list(function(texts, *map(list, replies)))
         except Exception as error:
             where = _line_in(path, error)
             raise UserError(f"{flag} {spec}: raised {type(error).__name__}: {error}{where}") from error
-        require(len(answer) == len(a), f"{flag} {spec}: returned {len(answer)} values for {len(a)} pairs; one p(a ≻ b) for each is needed.")
-        for i, p in enumerate(answer):
+        require(
+            len(answer) == len(texts),
+            f"{flag} {spec}: returned {len(answer)} values for {len(texts)} {kind}; one {one} for each is needed.",
+        )
+        for i, value in enumerate(answer):
             try:
-                inside = 0.0 <= float(p) <= 1.0
+                fine = math.isfinite(value) if scalar else 0.0 <= float(value) <= 1.0
             except (TypeError, ValueError):
-                inside = False
+                fine = False
+            shown = " and ".join(repr(column[i][:60]) for column in replies)
             require(
-                inside, f"{flag} {spec}: value {i} is {p!r}; a preference lies in [0, 1]. Its replies: {a[i][:60]!r} and {b[i][:60]!r}."
+                fine,
+                f"{flag} {spec}: value {i} is {value!r}; {'a reward is a number' if scalar else 'a preference lies in [0, 1]'}. For: {shown}.",
             )
-        return torch.tensor([float(p) for p in answer])
+        return [float(value) for value in answer]
 
-    return Judge(spec, preference)
+    measure = getattr(function, "measure", None)
+    if scalar:
+        judge = scalar_judge(spec, lambda prompts, replies: torch.tensor(ask(prompts, replies)))
+        judge.measure = measure
+        return judge
+    return Judge(spec, lambda prompts, a, b: torch.tensor(ask(prompts, a, b)), measure=measure)
 
 
 def _line_in(path: str, error: BaseException) -> str:
@@ -218,9 +446,9 @@ def _line_in(path: str, error: BaseException) -> str:
 
 
 def both_orders(judge: Judge, prompts: list[Prompt], a: list[str], b: list[str]) -> torch.Tensor:
-    """(B,) p(a ≻ b) free of position bias: ½ [p(a ≻ b) + 1 − p(b ≻ a)]. A scalar judge has none and is asked once."""
+    """(B,) p(a ≻ b) free of position bias: ½ [p(a ≻ b) + 1 − p(b ≻ a)]. A scalar or symmetric judge has none and is asked once."""
     p = judge.preference(prompts, a, b)
-    return p if judge.score is not None else 0.5 * (p + 1 - judge.preference(prompts, b, a))
+    return p if judge.score is not None or judge.symmetric else 0.5 * (p + 1 - judge.preference(prompts, b, a))
 
 
 # --- more than two candidates ---------------------------------------------------------------
@@ -230,7 +458,7 @@ def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list
     """For each prompt the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal.
 
     A scalar judge scores each candidate once (its preferences have no position bias). Any other judge is asked about
-    every pair in both orders, and the two answers are averaged: p = ½ [p(i ≻ j) + 1 − p(j ≻ i)].
+    every pair by `both_orders`: p = ½ [p(i ≻ j) + 1 − p(j ≻ i)].
     """
     if judge.score is not None:
         flat = [(prompt, reply) for prompt, group in zip(prompts, candidates, strict=True) for reply in group]

@@ -14,10 +14,11 @@ Departures from the paper:
  6. Sampled replies (--temperature above 0) get log-probs of logits divided by the temperature; the paper's greedy ones and
     the data set's responses get them at 1.
  7. The smollm2-135m recipe is ours, chosen for two CPU cores.
+ 8. Any judge's candidates are ranked by mean preference; the paper's code ranks by PairRM's mean logit.
 
 Examples:
     python selm.py                                   # SmolLM2-135M learns to answer cheerfully; minutes on a laptop
-    python selm.py --model llama3-8b --judge hf:ID   # the paper's Llama recipe on one GPU
+    python selm.py --model llama3-8b                 # the paper's Llama recipe on one GPU
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Args:
 
     python selm.py                                  learns on a laptop in minutes, needs no GPU and no model hub
 
-    python selm.py --model llama3-8b --judge hf:ID  the paper's Llama recipe on one GPU
+    python selm.py --model llama3-8b                the paper's Llama recipe on one GPU
 
     --model NAME also sets the recipe's other values, shown as the defaults below; flags given by hand win.
     """
@@ -83,7 +84,8 @@ class Args:
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model) or FILE.py:FUNCTION."""
+    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that answers A or B)
+    or FILE.py:FUNCTION; see docs/judges.md."""
     eval_judge: str | None = "polarity"
     """A second judge that is never trained on; None for none."""
     eval_prompts: int = 128

@@ -20,16 +20,16 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
-STUDIES = {  # study: (metric of the plot, {variant: command})
+STUDIES = {  # study: (metrics of the plot, {variant: command})
     "selm": (
-        "score",
+        ("score",),
         {
             "SELM, α = 0.001": "selm.py",
             "iterative DPO, α = 0": "selm.py --alpha 0",
         },
     ),
     "ipo": (
-        "score",
+        ("score",),
         {
             "IPO-MD, β = .125": "ipo_md.py",
             "online-IPO": "ipo_md.py --beta 0",
@@ -38,12 +38,14 @@ STUDIES = {  # study: (metric of the plot, {variant: command})
         },
     ),
     "cycle": (
-        "exploitability",
+        ("exploitability", "style/question", "style/exclamation", "style/statement"),
         {
             "Nash-MD, self": "nash_md.py --judge cycle --eval-judge None --opponent self",
             "Nash-MD, mixture": "nash_md.py --judge cycle --eval-judge None",
             "IPO-MD": "ipo_md.py --judge cycle --eval-judge None",
             "online DPO": "ipo_md.py --judge cycle --eval-judge None --loss dpo --beta 0 --tau 0.1",
+            # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
+            "RLHF": "nash_md.py --objective rlhf --judge benchmark/cycle_reward.py:reward --eval-judge cycle",
         },
     ),
 }
@@ -62,7 +64,7 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 2, run_di
     """
     if study not in STUDIES:
         sys.exit(f"error: no study {study!r}; there are {', '.join(STUDIES)}.")
-    metric, variants = STUDIES[study]
+    metrics, variants = STUDIES[study]
     runs = [(name, seed, f"{command} --seed {seed} {flags}".strip()) for seed in range(1, seeds + 1) for name, command in variants.items()]
 
     def run(item) -> tuple[str, int, str, Path]:
@@ -84,14 +86,14 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 2, run_di
     rows, origin = [], {}
     for name, seed, command, folder in finished:
         origin = json.loads((folder / "args.json").read_text())
-        curve = [json.loads(line).get(metric) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rows.append(
             {
                 "variant": name,
                 "seed": seed,
                 "command": f"python {command}",
                 "summary": json.loads((folder / "summary.json").read_text()),
-                metric: curve,
+                **{metric: [step.get(metric) for step in steps] for metric in metrics},
             }
         )
     out = ROOT / "benchmark" / "results"
@@ -99,7 +101,7 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 2, run_di
     result = {"command": " ".join(["python", *sys.argv]), **keep, "runs": rows}
     (out / f"{study}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{study}.md").write_text(table(rows, list(variants)))
-    plot(rows, list(variants), metric, out / f"{study}.png")
+    plot(rows, list(variants), metrics, out / f"{study}.png")
     print((out / f"{study}.md").read_text())
 
 
@@ -114,27 +116,31 @@ def table(rows: list[dict], variants: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict], variants: list[str], metric: str, path: Path) -> None:
-    """The metric over steps: a thin line a seed, a thick one their mean."""
+def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: Path) -> None:
+    """A panel a metric over steps: a thin line a seed, a thick one their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for i, name in enumerate(variants):
-        curves = [row[metric] for row in rows if row["variant"] == name]
-        for curve in curves:
-            axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.8)
-        if curves:
-            mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
-            axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=name)
-    axis.set_xlabel("optimiser step")
-    axis.set_ylabel({"score": "judge's score of the sampled replies"}.get(metric, metric))
-    axis.grid(alpha=0.3)
-    axis.legend()
+    columns = min(2, len(metrics))
+    figure, axes = plt.subplots(
+        -(-len(metrics) // columns), columns, figsize=(7 if columns == 1 else 11, 4 * -(-len(metrics) // columns)), squeeze=False
+    )
+    for axis, metric in zip(axes.flat, metrics, strict=True):
+        for i, name in enumerate(variants):
+            curves = [row[metric] for row in rows if row["variant"] == name]
+            for curve in curves:
+                axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.8)
+            if curves:
+                mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
+                axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=name)
+        axis.set_xlabel("optimiser step")
+        axis.set_title({"score": "judge's score of the sampled replies"}.get(metric, metric), fontsize=10)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with model/ (chat template), plain/ (none), prompts.jsonl, pairs.jsonl and judges.py."""
+    """A folder with model/ (chat template), plain/ (none), prompts.jsonl, pairs.jsonl, demonstrations.jsonl and judges.py."""
     root = tmp_path_factory.mktemp("world")
     tiny.folder(root / "model")
     tiny.folder(root / "plain", chat=False)
     tiny.prompts_file(root / "prompts.jsonl")
     tiny.prompts_file(root / "pairs.jsonl", pairs=True)
+    tiny.prompts_file(root / "demonstrations.jsonl", responses=True)
     tiny.judge_file(root / "judges.py")
     return root
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import afd
 import experiment
 import ipo_md
 import nash_md
 import selm
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md}
+SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

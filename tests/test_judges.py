@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from common import UserError
-from judges import load_judge, preference_matrix
+from judges import both_orders, load_judge, pairwise_model, pairwise_question, preference_matrix
 
 UP, DOWN = "I love this, what a wonderful day!", "This is horrible and I hate it."
 
@@ -57,6 +57,71 @@ def test_long_replies_keep_their_end(reward_folder):
     assert a != b
 
 
+# The format as the card of RLHFlow/pair-preference-model-LLaMA3-8B renders it: a chat template for the context, then the question.
+CARD_CONTEXT = "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}{% else %}\n\n<turn> assistant\n {{ message['content'] }}{% endif %}{% endfor %}\n\n\n"
+CARD_QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
+DIALOGUE = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+
+
+@pytest.fixture(scope="module")
+def pairwise_folder(tmp_path_factory):
+    """A causal model with a chat template, single tokens A and B, and absolute positions, which padding must not shift."""
+    path = tmp_path_factory.mktemp("pairwise")
+    words = tiny.tokenizer(extra=("A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>"))
+    words.save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    return path, words
+
+
+def test_pairwise_model_asks_as_its_card_does(pairwise_folder):
+    path, words = pairwise_folder
+    judge = load_judge(f"pairwise:{path}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    prompts, a, b = ["good cat", DIALOGUE, "the moon"], ["fine", "the dog " * 8, "yes"], ["bad " * 5, "no", "not very good"]
+    expected = []
+    for prompt, x, y in zip(prompts, a, b, strict=True):
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        context = words.apply_chat_template(messages, chat_template=CARD_CONTEXT, tokenize=False)
+        question = CARD_QUESTION.format(context=context, response_A=x, response_B=y)
+        assert pairwise_question(prompt, x, y) == question
+        text = words.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        ids = words.encode(text.replace(words.bos_token, ""), add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1, words.convert_tokens_to_ids(["A", "B"])]
+        expected.append(logits.softmax(0)[0].item())
+    p = judge.preference(prompts, a, b)
+    assert p.tolist() == pytest.approx(expected, abs=1e-5)  # batched and padded = one by one
+    torch.testing.assert_close(pairwise_model(str(path), "cpu", max_tokens=1)(prompts, a, b), p)
+    swapped = judge.preference(prompts, b, a)
+    assert (p + swapped - 1).abs().max() > 1e-3  # one order alone has position bias
+    torch.testing.assert_close(both_orders(judge, prompts, a, b), (p + 1 - swapped) / 2)
+    (matrix,) = preference_matrix(judge, [DIALOGUE], [["yes", "no", "good"]])
+    torch.testing.assert_close(matrix + matrix.T, torch.ones(3, 3))
+    assert judge.score is None
+
+
+def test_pairwise_questions_that_are_too_long_lose_their_beginning(pairwise_folder):
+    judge = load_judge(f"pairwise:{pairwise_folder[0]}")  # 256 positions
+    long = "cat " * 400
+    first, second, third = judge.preference([long, "dog " + long, "cat"], ["good"] * 3, ["bad"] * 3)
+    assert first == second and first != third
+
+
+def test_pairwise_models_that_cannot_answer(world, tmp_path):
+    with pytest.raises(UserError, match=r"--judge pairwise:.*A and B must be one token each, and not the same"):
+        load_judge(f"pairwise:{world}/model")
+    with pytest.raises(UserError, match="has no chat template"):
+        load_judge(f"pairwise:{world}/plain")
+    with pytest.raises(UserError, match="needs a hub id or folder"):
+        load_judge("pairwise:")
+    with pytest.raises(UserError, match="--judge org/model: could not be loaded from the hub"):
+        load_judge("pairwise:org/model")
+    with pytest.raises(UserError, match="the folder could not be loaded"):
+        load_judge(f"pairwise:{tmp_path}")
+
+
 def test_own_function(world):
     judge = load_judge(f"{world}/judges.py:more_good")
     assert judge.score is None
@@ -85,9 +150,8 @@ def test_judges_that_are_not_there(world):
         load_judge(f"{world}/judges.py:missing")
     with pytest.raises(UserError, match="no file"):
         load_judge("nowhere.py:f")
-    for spec in ("pairrm", "pairwise:org/model"):
-        with pytest.raises(UserError, match="not there yet. Use --judge hf:ID"):
-            load_judge(spec)
+    with pytest.raises(UserError, match="Did you mean pairrm"):
+        load_judge("pairm")
 
 
 def test_preference_matrix(world):

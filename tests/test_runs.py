@@ -214,7 +214,7 @@ BAD = [
     (["--model=smolm2-135m"], "Did you mean smollm2-135m"),
     (["--model=no/such-model-at-all"], "could not be loaded from the hub|no such repository"),
     (["--judge=sentimant"], "Did you mean sentiment"),
-    (["--judge=pairrm"], "not there yet"),
+    (["--judge=pairrm"], "--judge llm-blender/PairRM-hf: could not be loaded from the hub .*or --judge sentiment"),
     (["--dataset=nowhere.jsonl"], "no such file"),
     (["--beta=-1"], "--beta must be above 0, got -1"),
     (["--alpha=-1"], "--alpha must not be negative"),
@@ -239,6 +239,15 @@ def test_bad_input_is_one_clear_message(flags, tmp_path, capsys, extra, message)
     assert stop.value.code == 2 and re.search(message, error), error
     assert "Traceback" not in error and len(error.strip().splitlines()) <= 3
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("recipe", ["llama3-8b", "zephyr-7b", "phi3-mini"])
+def test_the_papers_recipes_reach_for_its_judge(recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        start(f"--model={recipe}", "--device=cpu")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--judge llm-blender/PairRM-hf: could not be loaded from the hub" in error, error
+    assert "Traceback" not in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

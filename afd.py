@@ -1,0 +1,956 @@
+"""AfD, alignment from demonstrations: SFT, adversarial imitation, rewards by inverse RL, SPIN. arXiv 2405.15624 v2.
+
+The idea: demonstrations carry more than SFT takes from them. The pair (a sample of the starting model, a sample of the model
+fine-tuned on the demonstrations) says which way the demonstrator lies, and both sides come from one model family: a reward learned
+from such pairs (`init-sft`) ranks new samples, where one learned from (sample, demonstration) pairs only learns who wrote them.
+
+Departures from the paper:
+ 1. Best-of-N is distilled into the policy (--extrapolate distil): DPO on the reward's best against its worst of each prompt's samples.
+ 2. A reward model reads replies without their end-of-sequence token, both of a pair cut to the length of the shorter one
+    (--hide-end, --match-lengths): otherwise it learns lengths only.
+ 3. The closed form log π_SFT(y|x) − log π_0(y|x), which the reward model of `init-sft` approximates, is reported beside it, and can
+    be the reward itself (--reward log-ratio).
+ 4. Reward models train all weights but the embeddings, or a LoRA adapter; the author's are LoRA.
+ 5. --objective spin is Self-Play Fine-Tuning, arXiv 2401.01335, started at π_SFT.
+ 6. The paper's demonstrations are GPT-4's: give them with --demonstrations FILE. The gpt2 and gemma-2b recipes take `chosen`.
+ 7. The smollm2-135m recipe is ours, chosen for two CPU cores.
+
+Examples:
+    python afd.py                                                    # rewards from upbeat human replies; minutes on a laptop
+    python afd.py --model gemma-2b --demonstrations gpt4.jsonl       # the paper's task, on one GPU
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+import common
+import optimization
+from best_of_n import compare_rankers, write_report
+from common import require
+from experiment import Run, check_common, command_line, evaluate, write_model
+from judges import Judge, load_judge, preference_matrix
+
+Pairs = Literal["init-sft", "init-demo", "sft-demo", "preference"]
+
+
+@dataclass
+class Args:
+    """Alignment from demonstrations, AfD (arXiv 2405.15624), with SPIN (arXiv 2401.01335).
+
+    python afd.py                                                learns on a laptop in minutes, needs no GPU and no model hub
+
+    python afd.py --model gemma-2b --demonstrations gpt4.jsonl   the paper's task, on one GPU
+
+    --model NAME also sets the recipe's other values, shown as the defaults below; flags given by hand win.
+    """
+
+    # run
+    seed: int = 1
+    """Seed of everything random; a run is a function of its arguments."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto is cuda, else mps, else cpu."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps: --optimizer-states."""
+    run_dir: str = "runs"
+    """Folder that holds the run folders."""
+    run_name: str | None = None
+    """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
+    resume: str | None = None
+    """Run folder to continue from its last checkpoint, with the arguments it had."""
+    save_every: int = 50
+    """Optimiser steps between checkpoints; 0 writes none within a stage. A finished stage is always kept."""
+    track: bool = False
+    """Also log to Weights & Biases (needs the package wandb)."""
+    dry_run: bool = False
+    """Rehearse one step of SFT at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
+
+    # model and data
+    model: str = "smollm2-135m"
+    """Recipe name, hub id or folder of the starting model π_0."""
+    sft_model: str | None = None
+    """Folder or hub id of a finished π_SFT (an earlier run's sft/), instead of training one."""
+    reward_model: str | None = None
+    """Folder of a finished reward model (an earlier run's reward-*/), instead of training one."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter on every linear layer, in every stage; 0 trains all weights."""
+    lora_alpha: int = 64
+    """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
+    dataset: str = "chitchat"
+    """Prompts: a name (chitchat, hh-harmless, hh-helpful), hub id, or .jsonl, .jsonl.gz or .parquet file."""
+    demonstrations: str = "response"
+    """Column of the data set that holds the demonstrations, or a file of rows with prompt and response."""
+    min_demonstration_score: float | None = 0.5
+    """Keep demonstrations that the judge scores at least this (the default task: upbeat human replies); None keeps all."""
+    num_prompts: int | None = 768
+    """Demonstrations, one a prompt; None is all of them."""
+    max_prompt_length: int = 64
+    """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
+    judge: str = "sentiment"
+    """The golden judge: sentiment, polarity, cycle, hf:ID or FILE.py:FUNCTION. It scores, and no training path may ask it."""
+    eval_judge: str | None = "polarity"
+    """A second judge, for the final comparison; None for none."""
+    eval_prompts: int = 128
+    """Held-out prompts of the Best-of-N report and of the final comparison with the starting model."""
+    dev_prompts: int = 48
+    """Demonstrations set aside: on them a reward model's separability is measured and the reward to report is chosen."""
+
+    # algorithm
+    objective: Literal["forward-kl", "reverse-kl", "js", "irl", "spin"] = "irl"
+    """forward-kl: SFT. reverse-kl, js: adversarial imitation from π_SFT on. irl: a reward model, then extrapolation. spin: DPO of
+    demonstrations against own samples."""
+    pairs: tuple[Pairs, ...] = ("init-sft",)
+    """Reward models to train, by their pairs, negative first; all are compared on the same samples, the first one extrapolates."""
+    preferences: Literal["data", "judge"] = "judge"
+    """Where --pairs preference takes its pairs: the data set's chosen and rejected, or the judge's verdict on π_SFT's samples (an
+    oracle, for reference only)."""
+    reward_loss: Literal["classification", "bradley-terry"] = "classification"
+    """classification: the logit is an estimate of the log density ratio, comparable across prompts. bradley-terry: pairs."""
+    reward: Literal["reward-model", "log-ratio"] = "reward-model"
+    """What extrapolates: the first reward model, or the closed form log π_SFT(y|x) − log π_0(y|x), which needs none."""
+    reward_init: Literal["start", "sft"] = "start"
+    """Weights that a reward model or discriminator starts from: π_0's or π_SFT's."""
+    hide_end: bool = True
+    """Reward models read replies without the end-of-sequence token."""
+    match_lengths: bool = True
+    """Reward models are trained on pairs cut to the length of the shorter reply."""
+    reward_prompts: int = 256
+    """Training prompts on which reward models are trained and Best-of-N is distilled."""
+    reward_samples: int = 2
+    """Samples of π_0 and of π_SFT for each of these prompts: pairs of a reward model."""
+    max_n: int = 16
+    """Largest N of the Best-of-N report."""
+    extrapolate: Literal["best-of-n", "distil"] = "distil"
+    """best-of-n: report only, the policy is π_SFT. distil: train it on the reward's best against its worst sample."""
+    samples_per_prompt: int = 8
+    """Samples that distil chooses from, of spin's and the adversarial objectives' own samples."""
+    beta: float = 0.1
+    """Strength of the tie to π_SFT in distil, to the previous iterate in spin: DPO's β."""
+    iterations: int = 2
+    """spin: iterations, each on all demonstrations against new samples of the last iterate."""
+    kl: float = 0.02
+    """reverse-kl, js: weight of the KL to π_SFT in the policy's reward."""
+    policy_steps: int = 40
+    """reverse-kl, js: policy updates."""
+    discriminator_updates: int = 1
+    """reverse-kl, js: discriminator updates before each policy update."""
+    whiten: bool = True
+    """reverse-kl, js: divide advantages by the batch's standard deviation, as the discriminator's scale drifts."""
+    replay: float = 0.0
+    """reverse-kl, js: share of the discriminator's negatives taken from earlier steps' samples."""
+
+    # optimisation
+    max_steps: int | None = None
+    """Optimiser steps at most in each stage; None takes all. The schedule shortens with it."""
+    learning_rate: float = 3e-5
+    """Peak learning rate of SFT."""
+    policy_learning_rate: float = 2e-5
+    """Peak learning rate of the policy after SFT: distil, spin, reverse-kl, js."""
+    reward_learning_rate: float = 2e-5
+    """Peak learning rate of reward models and discriminators."""
+    batch_size: int = 16
+    """Demonstrations, or prompts, in one optimiser step."""
+    epochs: int = 2
+    """Passes of SFT over the demonstrations."""
+    reward_epochs: int = 1
+    """Passes of a reward model over its pairs."""
+    policy_epochs: int = 1
+    """Passes of distil, and of each iteration of spin, over their pairs."""
+    warmup_ratio: float = 0.1
+    """Share of a stage's steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """Learning rate after the warm-up, within a stage."""
+    optimizer_states: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down; 0 never clips."""
+    micro_batch_tokens: int = 512
+    """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more compute for far less memory."""
+
+    # sampling
+    max_new_tokens: int = 24
+    """Longest reply, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
+    sample_rows: int = 128
+    """Replies decoded at once."""
+
+
+HH = Args(  # the paper's task: Anthropic's HH-RLHF
+    model="gemma-2b",
+    dataset="hh-harmless",
+    demonstrations="chosen",
+    min_demonstration_score=None,
+    preferences="data",
+    num_prompts=None,
+    max_prompt_length=512,
+    max_new_tokens=128,
+    top_p=0.95,
+    judge="hf:Ray2333/gpt2-large-harmless-reward_model",
+    eval_judge=None,
+    eval_prompts=256,
+    dev_prompts=256,
+    reward_prompts=8192,
+    max_n=50,
+    lora_rank=32,
+    learning_rate=5e-5,
+    micro_batch_tokens=16_384,
+    save_every=500,
+    policy_steps=1000,
+)
+RECIPES = {
+    "smollm2-135m": Args(),
+    "gpt2": replace(HH, model="gpt2"),
+    "gemma-2b": HH,
+    "llama3-8b": replace(
+        HH, model="llama3-8b", dataset="hh-helpful", judge="hf:weqweasdas/RM-Gemma-7B", gradient_checkpointing=True, micro_batch_tokens=8192
+    ),
+}
+CURVES = ("sft/loss", "reward-init-sft/loss", "reward-init-sft/accuracy", "distil/loss", "distil/accuracy", "spin/loss")
+CURVES += ("adversarial/reward", "adversarial/discriminator_accuracy", "adversarial/score", "adversarial/kl", "adversarial/length")
+
+
+def discriminator_loss(
+    positive_scores: torch.Tensor, negative_scores: torch.Tensor, kind: Literal["classification", "bradley-terry"] = "classification"
+) -> torch.Tensor:
+    """Loss of a discriminator or reward model on pairs, as a scalar to minimise (mean over the batch).
+
+    `classification` is minus half of E_D[log D] + E_π[log(1 − D)], D = σ(score): its optimum's score is the log density ratio
+    log d_positive(y|x) − log d_negative(y|x). `bradley-terry` is −log σ(positive − negative): a constant per prompt stays free.
+    arXiv 2405.15624 v2, Sections 3 and 4.
+
+    Args:
+        positive_scores, negative_scores: (B,) logits. For bradley-terry the i-th two belong to one prompt.
+    """
+    if kind == "bradley-terry":
+        return -F.logsigmoid(positive_scores - negative_scores).mean()
+    return 0.5 * (-F.logsigmoid(positive_scores).mean() - F.logsigmoid(-negative_scores).mean())
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float) -> torch.Tensor:
+    """DPO's loss, Eq. 7 of arXiv 2305.18290, a scalar to minimise; SPIN's is the same with the demonstration chosen (arXiv 2401.01335,
+    Eq. 4.7 with the logistic loss). (B,) summed log-probs each. Stands in selm.py too (α = 0), on purpose: scripts import no script."""
+    margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
+    return -F.logsigmoid(beta * margin).mean()
+
+
+def policy_gradient_loss(logprobs, reference_logprobs, mask, advantage, kl: float) -> torch.Tensor:
+    """Surrogate of the policy gradient of E[r(y)] − kl · KL(π ‖ π_SFT), the KL as reward-to-go; a scalar to minimise.
+
+    (B, T) per-token log-probs and mask; (B,) advantage r(y) − baseline. As in nash_md.py, where Eq. 13 explains it; twice on purpose.
+    """
+    log_ratio = ((logprobs - reference_logprobs) * mask).detach()  # (B, T)
+    to_go = log_ratio.flip(-1).cumsum(-1).flip(-1)  # (B, T) Σ_{m ≥ n} log π/π_SFT
+    return -(logprobs * mask * (advantage[:, None] - kl * to_go).detach()).sum(-1).mean()
+
+
+@dataclass
+class Example:
+    """One prompt's training example: [demonstration] for SFT, [positive, negative] for a reward model, [chosen, rejected] for DPO."""
+
+    row_id: str
+    prompt: list[int]  # (P,) token ids
+    completions: list[list[int]]  # lists of token ids
+    temperature: list[float]  # of each completion: the sampling temperature for own ones, 1 for demonstrations
+    reference: list[float] | None = None  # summed reference log-prob of each completion
+
+
+@dataclass
+class Split:
+    """Prompts of one part of the data, with a demonstration each where there is one."""
+
+    rows: list[common.Row]
+    prompts: list[list[int]]  # token ids
+    demonstrations: list[list[int]] | None = None  # token ids
+
+
+@dataclass
+class Context:
+    """What every stage needs: arguments, tokenizer, judge, the run, and where a resumed one stopped."""
+
+    args: Args
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    tokenizer: object
+    ends: list[int]
+    judge: Judge
+    run: Run
+    state: dict | None
+    done: list[str]
+
+    def load(self, name: str):
+        """A frozen causal language model."""
+        return common.load_model(str(name), self.dtype, self.device, self.attention)
+
+    def load_trainable(self, name: str):
+        """A policy that starts at `name`."""
+        return common.make_trainable(self.load(name), self.args.lora_rank, self.args.lora_alpha, self.args.gradient_checkpointing)
+
+    def sample(self, name: str, model, split: Split, completions: int) -> list[list[list[int]]]:
+        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads them."""
+        file = self.run.folder / "replies" / f"{name}.json"
+        if not file.exists():
+            replies = self.draw(model, split.prompts, completions, common.derive_seed(self.args.seed, name), f"sampling: {name}")
+            file.parent.mkdir(exist_ok=True)
+            file.with_suffix(".new").write_text(json.dumps(replies))
+            file.with_suffix(".new").replace(file)
+        return json.loads(file.read_text())
+
+    def draw(self, model, prompts, completions: int, seed: int, progress: str | None = None) -> list[list[list[int]]]:
+        """Samples [prompt][completion] of `model`."""
+        args, stats = self.args, {}
+        with self.run.phase("sampling"):
+            replies = common.sample(
+                model,
+                prompts,
+                self.ends,
+                completions=completions,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=seed,
+                max_rows=args.sample_rows,
+                stats=stats,
+                progress=progress,
+            )
+        self.run.add_tokens("sampling", stats["tokens"])
+        return replies
+
+    def save(self, stage: str, step: int, optimisers: dict, **more) -> None:
+        """Checkpoint within a stage."""
+        self.run.save({"done": self.done, "stage": stage, "step": step, **{k: v.state_dict() for k, v in optimisers.items()}, **more})
+
+    def restore(self, stage: str, optimisers: dict) -> int:
+        """Steps of `stage` already done; its optimisers as they were."""
+        if self.state is None or self.state["stage"] != stage:
+            return 0
+        for key, optimiser in optimisers.items():
+            optimiser.load_state_dict(self.state[key])
+        return self.state["step"]
+
+    def finish(self, stage: str) -> None:
+        """Mark a stage as done: a resumed run takes its result from the run folder."""
+        self.done.append(stage)
+        self.state = None
+        self.run.save({"done": self.done, "stage": None, "step": 0})
+
+
+def main(args: Args) -> None:
+    """Run AfD: see the numbered steps, which docs/afd.md explains."""
+    check_args(args)
+
+    # 1. Judge, data, starting model.
+    device = common.resolve_device(args.device)
+    dtype = common.resolve_dtype(args.dtype, device)
+    judge = load_judge(args.judge, device)
+    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
+    tokenizer = common.load_tokenizer(args.model)
+    longest = args.max_prompt_length + (1 if args.objective == "forward-kl" else args.samples_per_prompt) * args.max_new_tokens
+    attention = common.choose_attention(args.attention, device, longest)
+    start = common.load_model(args.model, dtype, device, attention)
+    ends = common.end_tokens(start, tokenizer)
+    train, dev, test, preferences = load_data(args, tokenizer, ends, judge)
+    run = Run("afd", args, planned_steps(args, train, preferences))
+    run.create()
+    state = run.restore()
+    ctx = Context(args, device, dtype, attention, tokenizer, ends, judge, run, state, list(state["done"]) if state else [])
+
+    # 2. SFT: the forward KL.
+    sft_source = args.sft_model or run.folder / "sft"
+    if not args.sft_model and "sft" not in ctx.done:
+        policy = ctx.load_trainable(args.model)
+        train_sft(ctx, policy, train)
+        if args.dry_run:
+            ctx.draw(policy, train.prompts[: args.batch_size], args.samples_per_prompt, args.seed)
+            return run.finish_dry_run(policy)
+        common.save_model(policy, tokenizer, sft_source)
+        ctx.finish("sft")
+        del policy
+    summary = {"objective": args.objective}
+
+    # 3. The objective: leaves the policy.
+    if args.objective == "forward-kl":
+        policy = ctx.load(sft_source)
+    elif args.objective == "spin":
+        policy = train_spin(ctx, sft_source, train)
+    elif args.objective in ("reverse-kl", "js"):
+        policy = train_adversarial(ctx, sft_source, train)
+    else:
+        policy, report = inverse_rl(ctx, start, sft_source, train, dev, test, preferences)
+        summary |= report
+
+    # 4. Compare with the starting model on held-out prompts; save.
+    with run.phase("evaluation"):
+        summary |= evaluate(run, policy, start, tokenizer, ends, test.rows, test.prompts, judge, eval_judge)
+    write_model(run, policy, tokenizer, summary)
+    run.finish(summary, CURVES)
+
+
+# --- reward models -----------------------------------------------------------------------------
+
+
+def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
+    """A sequence classifier with one label and no dropout; `fresh` puts a zero head on a causal language model's weights.
+
+    A finished one is a Hugging Face folder.
+    """
+    folder = common.model_source(source)
+    with common.hub_errors("--reward-model", source):
+        config = common.without_dropout(folder)
+        config.num_labels = 1
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attention
+        )
+    if fresh:
+        torch.nn.init.zeros_(model.score.weight)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def trainable_reward_model(model, args):
+    """All weights but the embeddings trainable, or a LoRA adapter and the head."""
+    if args.lora_rank == 0:
+        model = common.make_trainable(model, 0, 0, args.gradient_checkpointing)
+        model.get_input_embeddings().requires_grad_(False)
+        return model
+    return common.make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing, task="SEQ_CLS")
+
+
+def reward_scores(model, data: common.Batch) -> torch.Tensor:
+    """(G, K) scalars, float32, differentiable, of replies as `collate_read` lays them out."""
+    hidden = common.completion_hidden(model, data)  # (G, K, T, D)
+    last = (data.mask.sum(-1).long() - 1).clamp(min=0)  # (G, K): this position has seen every token but the placeholder
+    states = hidden.gather(2, last[:, :, None, None].expand(-1, -1, 1, hidden.shape[-1]))[:, :, 0]  # (G, K, D)
+    score = common.base_model(model).score
+    return score(states)[..., 0].float()
+
+
+def as_read(completion: list[int], ends: list[int], hide_end: bool) -> list[int]:
+    """A completion as a reward model reads it: without its end, if hidden."""
+    return completion[:-1] if hide_end and completion and completion[-1] in ends else completion
+
+
+def pair_as_read(positive: list[int], negative: list[int], args, ends: list[int]) -> list[list[int]]:
+    """[positive, negative] as a reward model is trained on them; with --match-lengths both at the length of the shorter."""
+    pair = [as_read(completion, ends, args.hide_end) for completion in (positive, negative)]
+    return [completion[: min(map(len, pair))] for completion in pair] if args.match_lengths else pair
+
+
+def collate_read(prompts: list[list[int]], groups: list[list[list[int]]], device) -> common.Batch:
+    """`common.collate` of completions closed by a placeholder, which is never fed: the position that predicts it has read all else."""
+    return common.collate(prompts, [[[*completion, 0] for completion in group] for group in groups], device)
+
+
+@torch.no_grad()
+def rewards_of(ctx: Context, model, prompts: list[list[int]], groups: list[list[list[int]]], progress: str | None = None) -> torch.Tensor:
+    """(G, M) rewards of M completions to each of G prompts."""
+    read = [[as_read(completion, ctx.ends, ctx.args.hide_end) for completion in group] for group in groups]
+    result = torch.zeros(len(prompts), len(groups[0]))
+    parts = common.micro_batches(prompts, read, 4 * ctx.args.micro_batch_tokens)
+    for part in tqdm(parts, desc=progress, leave=False, disable=progress is None):
+        data = collate_read([prompts[i] for i in part], [read[i] for i in part], ctx.device)
+        result[part] = reward_scores(model, data).cpu()
+    return result
+
+
+def log_ratios(ctx: Context, sft, start, prompts, groups, progress: str | None = None) -> torch.Tensor:
+    """(G, M) log π_SFT(y|x) − log π_0(y|x), at the sampling temperature."""
+    sums = [
+        common.sequence_logprobs(model, prompts, groups, ctx.args.temperature, ctx.device, 4 * ctx.args.micro_batch_tokens, progress)
+        for model in (sft, start)
+    ]
+    return torch.tensor(sums[0]) - torch.tensor(sums[1])
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sealed(judge: Judge):
+    """Context in which asking the judge is an error: no training path may learn from it."""
+
+    def refuse(*_):
+        raise AssertionError("a training path asked the judge")
+
+    kept = judge.preference, judge.score
+    judge.preference, judge.score = refuse, refuse
+    try:
+        yield
+    finally:
+        judge.preference, judge.score = kept
+
+
+def train_stage(
+    ctx: Context, stage: str, model, examples: list[Example], epochs: int, learning_rate: float, loss_of, collate=common.collate
+) -> None:
+    """Train `model` on `examples`: loss_of(groups, batch) gives each micro-batch's mean loss and what else to log."""
+    args, run = ctx.args, ctx.run
+    optimiser = optimization.make_optimiser(model, args.optimizer_states, args.weight_decay)
+    batches = plan_batches(args, stage, len(examples), epochs)
+    for index in range(ctx.restore(stage, {"optimiser": optimiser}), len(batches)):
+        batch, step, total = [examples[i] for i in batches[index]], len(run.metrics) + 1, {}
+        now = optimization.learning_rate_at(index, len(batches), learning_rate, args.warmup_ratio, args.schedule)
+        with run.phase("training"), sealed(ctx.judge):
+            for part in common.micro_batches([e.prompt for e in batch], [e.completions for e in batch], args.micro_batch_tokens):
+                groups = [batch[i] for i in part]
+                data = collate([e.prompt for e in groups], [e.completions for e in groups], ctx.device)
+                loss, measured = loss_of(groups, data)
+                run.stop_unless_finite(step, loss.item(), [e.row_id for e in groups])
+                (loss * len(groups) / len(batch)).backward()
+                run.add_batch("training", data)
+                for name, value in {"loss": loss.detach(), **measured}.items():
+                    total[name] = total.get(name, 0.0) + float(value) * len(groups) / len(batch)
+            with run.phase("update"):
+                total["grad_norm"] = optimiser.step(now, args.max_grad_norm)
+        row = {f"{stage}/{name}": value for name, value in total.items()} | {f"{stage}/learning_rate": now, **run.throughput()}
+        run.log(step, row, show=(f"{stage}/loss", f"{stage}/accuracy"))
+        if args.save_every and step % args.save_every == 0 and index + 1 < len(batches):
+            ctx.save(stage, index + 1, {"optimiser": optimiser})
+    optimiser.release()
+
+
+def plan_batches(args: Args, stage: str, examples: int, epochs: int) -> list[list[int]]:
+    """Indices of every optimiser step of a stage: each epoch in an order of its own, `--max-steps` at most."""
+    batches = []
+    for epoch in range(epochs):
+        order = list(range(examples))
+        random.Random(common.derive_seed(args.seed, "order", stage, epoch)).shuffle(order)
+        batches += [order[i : i + args.batch_size] for i in range(0, examples, args.batch_size)]
+    return batches[: args.max_steps]
+
+
+def train_sft(ctx: Context, policy, train: Split) -> None:
+    """Forward KL: minus the demonstration's log-prob, answer tokens only, in nats per reply."""
+    examples = [Example(r.id, p, [d], [1.0]) for r, p, d in zip(train.rows, train.prompts, train.demonstrations, strict=True)]
+
+    def loss_of(groups, data):
+        logprobs = common.completion_logprobs(policy, data)  # (G, 1, T)
+        return -logprobs.sum((1, 2)).mean(), {"loss_per_token": -logprobs.detach().sum() / data.mask.sum()}
+
+    train_stage(ctx, "sft", policy, examples, ctx.args.epochs, ctx.args.learning_rate, loss_of)
+
+
+def train_dpo(ctx: Context, stage: str, policy, examples: list[Example], epochs: int) -> None:
+    """DPO on [chosen, rejected], the reference being the policy as it is when this begins (or began, if resumed)."""
+    args = ctx.args
+    file = ctx.run.folder / "replies" / f"{stage}-reference.json"
+    if not file.exists():
+        with ctx.run.phase("reference"):
+            columns = [[e.prompt for e in examples], [e.completions for e in examples], [e.temperature for e in examples]]
+            sums = common.sequence_logprobs(policy, *columns, ctx.device, 4 * args.micro_batch_tokens, f"{stage}: reference log-probs")
+        file.write_text(json.dumps(sums))
+    for example, reference in zip(examples, json.loads(file.read_text()), strict=True):
+        example.reference = reference
+
+    def loss_of(groups, data):
+        heat = common.pad_rows([e.temperature for e in groups], 1.0, ctx.device)  # (G, 2)
+        reference = common.pad_rows([e.reference for e in groups], 0.0, ctx.device)  # (G, 2)
+        sums = common.completion_logprobs(policy, data, heat).sum(-1)  # (G, 2)
+        loss = dpo_loss(sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], args.beta)
+        ratio = (sums - reference).detach()
+        return loss, {"accuracy": (ratio[:, 0] > ratio[:, 1]).float().mean(), "margin": args.beta * (ratio[:, 0] - ratio[:, 1]).mean()}
+
+    train_stage(ctx, stage, policy, examples, epochs, args.policy_learning_rate, loss_of)
+
+
+def train_spin(ctx: Context, sft_source, train: Split):
+    """SPIN: in each iteration DPO of demonstrations against the last iterate's samples. Returns the policy."""
+    args, source = ctx.args, sft_source
+    for iteration in range(1, args.iterations + 1):
+        stage, folder = f"spin-{iteration}", ctx.run.folder / f"spin-{iteration}"
+        if stage not in ctx.done:
+            policy = ctx.load_trainable(source)
+            own = ctx.sample(stage, policy, train, 1)
+            columns = zip(train.rows, train.prompts, train.demonstrations, own, strict=True)
+            examples = [Example(row.id, p, [d, y[0]], [1.0, args.temperature]) for row, p, d, y in columns]
+            train_dpo(ctx, stage, policy, examples, args.policy_epochs)
+            common.save_model(policy, ctx.tokenizer, folder)
+            ctx.finish(stage)
+            del policy
+        source = folder
+    return ctx.load(source)
+
+
+def train_adversarial(ctx: Context, sft_source, train: Split):
+    """Reverse KL and JS: discriminator on (demonstration, own sample) and policy gradient on its reward, in turn. Returns the policy."""
+    args, run, judge = ctx.args, ctx.run, ctx.judge
+    policy = ctx.load_trainable(sft_source)
+    reference = common.starting_model(policy, str(sft_source), ctx.dtype, ctx.device, ctx.attention)
+    source = args.model if args.reward_init == "start" else str(sft_source)
+    discriminator = trainable_reward_model(load_reward_model(source, True, ctx.dtype, ctx.device, ctx.attention), args)
+    optimisers = {
+        name: optimization.make_optimiser(model, args.optimizer_states, args.weight_decay)
+        for name, model in (("policy", policy), ("discriminator", discriminator))
+    }
+    earlier: list[tuple[int, list[list[int]]]] = ctx.state["replay"] if ctx.state and ctx.state["stage"] == "adversarial" else []
+    steps = min(args.policy_steps, args.max_steps or args.policy_steps)
+    for index in range(ctx.restore("adversarial", optimisers), steps):
+        seed, step, K = common.derive_seed(args.seed, "adversarial", index), len(run.metrics) + 1, args.samples_per_prompt
+        rng = random.Random(seed)
+        chosen = rng.sample(range(len(train.prompts)), min(args.batch_size, len(train.prompts)))
+        prompts = [train.prompts[i] for i in chosen]
+        own = ctx.draw(policy, prompts, K, seed)  # [G][K]
+        share = optimization.learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
+        with run.phase("training"), sealed(judge):
+            # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier policies.
+            current = list(zip(chosen, own, strict=True))
+            metrics = {}
+            for _ in range(args.discriminator_updates):
+                old = rng.sample(earlier, min(len(earlier), round(args.replay * len(current))))
+                metrics |= update_discriminator(
+                    ctx, discriminator, optimisers["discriminator"], current[len(old) :] + old, train, share, step
+                )
+            earlier = (earlier + current)[-32 * args.batch_size :] if args.replay else []
+
+            # Its logit is the estimated log density ratio: the reverse KL's reward; −log(1 − D), the JS's, is its softplus.
+            logits = rewards_of(ctx, discriminator, prompts, own)  # (G, K)
+            reward = F.softplus(logits) if args.objective == "js" else logits
+            others = reward if K > 1 else reward.expand(-1, len(prompts)).T  # baseline: the prompt's other samples, or the batch's
+            advantage = reward - (others.sum(1, keepdim=True) - reward) / max(1, others.shape[1] - 1)
+            if args.whiten:
+                advantage = advantage / (advantage.std() + 1e-6)
+            metrics |= update_policy(ctx, policy, reference, optimisers["policy"], train, chosen, own, advantage, share, step)
+        metrics |= {"reward": reward.mean().item(), "reward_std": reward.std(1).mean().item() if K > 1 else 0.0}
+        if judge.score is not None:  # to look at; nothing learns from it
+            texts = [common.decode(ctx.tokenizer, y) for group in own for y in group]
+            metrics["score"] = judge.score([train.rows[i].prompt for i in chosen for _ in range(K)], texts).mean().item()
+        run.log(step, {f"adversarial/{k}": v for k, v in metrics.items()} | run.throughput(), show=("adversarial/score", "adversarial/kl"))
+        if args.save_every and step % args.save_every == 0 and index + 1 < steps:
+            ctx.save("adversarial", index + 1, optimisers, replay=earlier)
+    for optimiser in optimisers.values():
+        optimiser.release()
+    return policy
+
+
+def update_discriminator(
+    ctx, discriminator, optimiser, groups: list[tuple[int, list[list[int]]]], train: Split, share: float, step: int
+) -> dict:
+    """One update on (prompt index, own samples) groups: each sample against the prompt's demonstration."""
+    args, total = ctx.args, {}
+    prompts = [train.prompts[i] for i, _ in groups]
+    read = [[c for y in own for c in pair_as_read(train.demonstrations[i], y, args, ctx.ends)] for i, own in groups]
+    for part in common.micro_batches(prompts, read, args.micro_batch_tokens):
+        data = collate_read([prompts[i] for i in part], [read[i] for i in part], ctx.device)
+        scores = reward_scores(discriminator, data)  # (G, 2K)
+        positive, negative = scores[:, ::2].flatten(), scores[:, 1::2].flatten()
+        loss = discriminator_loss(positive, negative, args.reward_loss)
+        ctx.run.stop_unless_finite(step, loss.item(), [train.rows[groups[i][0]].id for i in part])
+        (loss * len(part) / len(groups)).backward()
+        for name, value in {"discriminator_loss": loss.detach(), "discriminator_accuracy": (positive > negative).float().mean()}.items():
+            total[name] = total.get(name, 0.0) + float(value) * len(part) / len(groups)
+    optimiser.step(args.reward_learning_rate * share, args.max_grad_norm)
+    return total
+
+
+def update_policy(ctx, policy, reference, optimiser, train: Split, chosen, own, advantage: torch.Tensor, share: float, step: int) -> dict:
+    """One policy-gradient update on G prompts' K samples and their (G, K) advantages."""
+    args, total = ctx.args, {}
+    prompts = [train.prompts[i] for i in chosen]
+    for part in common.micro_batches(prompts, own, args.micro_batch_tokens):
+        data = common.collate([prompts[i] for i in part], [own[i] for i in part], ctx.device)
+        with torch.no_grad():
+            reference_logprobs = common.completion_logprobs(reference, data, args.temperature)  # (G, K, T)
+        logprobs, entropy = common.completion_logprobs(policy, data, args.temperature, entropy=True)  # (G, K, T)
+        rows = [x.flatten(0, 1) for x in (logprobs, reference_logprobs, data.mask, advantage[part].to(ctx.device))]  # (G*K, …)
+        loss = policy_gradient_loss(*rows, args.kl)
+        ctx.run.stop_unless_finite(step, loss.item(), [train.rows[chosen[i]].id for i in part])
+        (loss * len(part) / len(chosen)).backward()
+        ctx.run.add_batch("training", data)
+        measured = {
+            "kl": (logprobs - reference_logprobs).sum(-1).mean(),  # unbiased estimate of KL(π ‖ π_SFT), nats per reply
+            "entropy": entropy.sum() / data.mask.sum(),
+            "length": data.mask.sum(-1).mean(),
+        }
+        for name, value in measured.items():
+            total[name] = total.get(name, 0.0) + float(value) * len(part) / len(chosen)
+    total["grad_norm"] = optimiser.step(args.policy_learning_rate * share, args.max_grad_norm)
+    return total
+
+
+# --- inverse RL ----------------------------------------------------------------------------------
+
+
+def inverse_rl(ctx: Context, start, sft_source, train: Split, dev: Split, test: Split, preferences: list[Example]):
+    """Reward models from pairs, their Best-of-N report, and the policy that extrapolates. Returns policy and what to add to the summary."""
+    args, run = ctx.args, ctx.run
+    sft = ctx.load(sft_source)
+    part = Split(*(column[: args.reward_prompts] for column in (train.rows, train.prompts, train.demonstrations)))
+    M = args.max_n + 1  # one more than the largest subset: the opponent outside it
+
+    # 3a. Samples: to learn from and distil (training prompts), to choose with (development), to report (test).
+    own = ctx.sample("train-sft", sft, part, args.reward_samples + args.samples_per_prompt)
+    learn_from = [group[: args.reward_samples] for group in own]
+    distil_from = [group[args.reward_samples :] for group in own]  # the reward model has not seen these
+    init = ctx.sample("train-init", start, part, args.reward_samples)
+    splits = {"test": test, "dev": dev}
+    samples = {name: ctx.sample(f"{name}-sft", sft, split, M) for name, split in splits.items()}
+    dev_init = ctx.sample("dev-init", start, dev, args.reward_samples)
+
+    # 3b. Reward models.
+    folders = {"reward model, given": args.reward_model} if args.reward_model else {}
+    for kind in () if args.reward_model else args.pairs:
+        stage = f"reward-{kind}"
+        folders[f"reward model, {kind}"] = run.folder / stage
+        if stage not in ctx.done:
+            oracle = kind == "preference"
+            pairs = preferences if oracle and preferences else reward_pairs(ctx, kind, part, own if oracle else learn_from, init)
+            source = args.model if args.reward_init == "start" else str(sft_source)
+            model = trainable_reward_model(load_reward_model(source, True, ctx.dtype, ctx.device, ctx.attention), args)
+            train_reward_model(ctx, stage, model, pairs)
+            common.save_model(model, ctx.tokenizer, run.folder / stage)
+            ctx.finish(stage)
+            del model
+
+    # 3c. Every reward scores the same samples; the judge tells how good its choices are.
+    rankers, to_distil = {}, None
+    held_out = preference_examples(args, ctx.tokenizer, ctx.ends, test)
+    for name in (*folders, "log-ratio"):
+        with run.phase("scoring"):
+            if name == "log-ratio":
+                score, kind = partial(log_ratios, ctx, sft, start), "init-sft"
+            else:
+                model = load_reward_model(str(folders[name]), False, ctx.dtype, ctx.device, ctx.attention)
+                score, kind = partial(rewards_of, ctx, model), name.partition(", ")[2]
+            ranker = {split: score(splits[split].prompts, replies, progress=f"{name}: {split}") for split, replies in samples.items()}
+            if kind in args.pairs or name == "log-ratio":
+                pairs = held_out if preferences and kind == "preference" else reward_pairs(ctx, kind, dev, samples["dev"], dev_init)
+                ranker["separability"] = accuracy(score, pairs)
+            if held_out:
+                ranker["preference_accuracy"] = accuracy(score, held_out)
+            if args.extrapolate == "distil" and to_distil is None and (args.reward == "reward-model") == (name != "log-ratio"):
+                to_distil, distilled = score(part.prompts, distil_from, progress=f"{name}: training prompts"), name
+            rankers[name] = ranker
+    texts = {name: [[common.decode(ctx.tokenizer, y) for y in group] for group in replies] for name, replies in samples.items()}
+    lengths = {name: torch.tensor([[float(len(y)) for y in group] for group in replies]) for name, replies in samples.items()}
+    report = compare_rankers(
+        rankers, {name: [row.prompt for row in split.rows] for name, split in splits.items()}, texts, lengths, ctx.judge
+    )
+    # The preference reward saw the judge; of those learned from demonstrations alone, the one the development prompts favour is reported.
+    own_rewards = {name: report["rankers"][name] for name in rankers if "preference" not in name}
+    favoured = max(own_rewards, key=lambda name: own_rewards[name]["dev"]["win_rate"][-1])
+    write_report(report | {"favoured_on_dev": favoured}, run.folder)
+    best = own_rewards[favoured]
+    summary = {
+        "sft_score": best["score"][0],
+        "best_of_n": {
+            "n": args.max_n,
+            "favoured_on_dev": favoured,
+            "score": best["score"][-1],
+            "win_rate": best["win_rate"][-1],
+            "win_rate_interval": [best["win_rate_low"][-1], best["win_rate_high"][-1]],
+        },
+    }
+
+    # 3d. Extrapolate: at serving time by Best-of-N, or now, by DPO of the reward's best against its worst.
+    if args.extrapolate == "best-of-n":
+        return sft, summary
+    policy = ctx.load_trainable(sft_source)
+    best, worst = to_distil.argmax(1).tolist(), to_distil.argmin(1).tolist()
+    examples = [
+        Example(row.id, prompt, [group[b], group[w]], [args.temperature] * 2)
+        for row, prompt, group, b, w in zip(part.rows, part.prompts, distil_from, best, worst, strict=True)
+        if group[b] != group[w]
+    ]
+    run.fewer_steps(stage_steps(args, len(part.prompts), args.policy_epochs) - stage_steps(args, len(examples), args.policy_epochs))
+    train_dpo(ctx, "distil", policy, examples, args.policy_epochs)
+    equal = min(args.samples_per_prompt, args.max_n)  # samples a prompt that distil chose from: what Best-of-N gets with as many
+    summary["distil"] = {
+        "reward": distilled,
+        "samples_per_prompt": equal,
+        "best_of_n_score": report["rankers"][distilled]["score"][equal - 1],
+    }
+    return policy, summary
+
+
+def reward_pairs(ctx: Context, kind: Pairs, split: Split, own, init) -> list[Example]:
+    """[positive, negative] pairs as a reward model reads them: `own` and `init` are π_SFT's and π_0's samples, [prompt][sample]."""
+    pairs = []
+    if kind == "preference":  # the judge's own verdict on π_SFT's samples: an oracle
+        asked, texts = [row.prompt for row in split.rows], [[common.decode(ctx.tokenizer, y) for y in group] for group in own]
+        for i, matrix in enumerate(preference_matrix(ctx.judge, asked, texts)):
+            wins = matrix.sum(1)  # (M,)
+            if wins.max() > wins.min():
+                pairs.append((i, own[i][int(wins.argmax())], own[i][int(wins.argmin())]))
+    else:
+        for i, demonstration in enumerate(split.demonstrations):
+            sides = {"init": init[i], "sft": own[i], "demo": [demonstration] * len(init[i])}
+            negative, positive = (sides[side] for side in kind.split("-"))
+            pairs += [(i, y, y_) for y, y_ in zip(positive, negative, strict=False)]
+    return [
+        Example(split.rows[i].id, split.prompts[i], pair_as_read(positive, negative, ctx.args, ctx.ends), [1.0, 1.0])
+        for i, positive, negative in pairs
+    ]
+
+
+def train_reward_model(ctx: Context, stage: str, model, pairs: list[Example]) -> None:
+    """The reward model's `discriminator_loss` on its pairs."""
+    args = ctx.args
+    ctx.run.fewer_steps(
+        stage_steps(args, args.reward_prompts * args.reward_samples, args.reward_epochs) - stage_steps(args, len(pairs), args.reward_epochs)
+    )
+
+    def loss_of(groups, data):
+        scores = reward_scores(model, data)  # (G, 2)
+        accuracy = (scores[:, 0] > scores[:, 1]).float().mean()
+        return discriminator_loss(scores[:, 0], scores[:, 1], args.reward_loss), {"accuracy": accuracy, "score_std": scores.detach().std()}
+
+    train_stage(ctx, stage, model, pairs, args.reward_epochs, args.reward_learning_rate, loss_of, collate_read)
+
+
+def accuracy(score, pairs: list[Example]) -> float | None:
+    """Share of held-out pairs whose positive scores higher."""
+    scores = score([e.prompt for e in pairs], [e.completions for e in pairs]) if pairs else torch.zeros(0, 2)  # (B, 2)
+    return (scores[:, 0] > scores[:, 1]).double().mean().item() if pairs else None
+
+
+# --- arguments and data --------------------------------------------------------------------------
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that cannot work. Raises `UserError` naming flag and value."""
+    check_common(args)
+    for name in ("epochs", "reward_epochs", "policy_epochs", "reward_prompts", "reward_samples", "max_n", "dev_prompts", "iterations"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    for name in ("policy_steps", "discriminator_updates", "samples_per_prompt"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    for name in ("learning_rate", "policy_learning_rate", "reward_learning_rate", "beta"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}.")
+    require(args.temperature > 0, "--temperature 0 (greedy): every sample of a prompt would be the same text.")
+    require(0 <= args.replay < 1, f"--replay must lie in [0, 1), got {args.replay}.")
+    require(args.kl >= 0, f"--kl must not be negative, got {args.kl}.")
+    require(args.num_prompts is None or args.num_prompts >= 1, f"--num-prompts must be at least 1, got {args.num_prompts}.")
+    require(len(set(args.pairs)) == len(args.pairs), f"--pairs {' '.join(args.pairs)}: each construction once.")
+    if args.objective == "irl":
+        least = 2 if args.extrapolate == "distil" else 1
+        require(args.samples_per_prompt >= least, "--samples-per-prompt must be at least 2: distil needs a best and a worst.")
+        require(
+            args.pairs or args.reward_model or args.reward == "log-ratio",
+            "--pairs names no reward model to train: give one, or --reward log-ratio.",
+        )
+    require(
+        args.objective != "js" or args.reward_loss == "classification",
+        "--objective js needs --reward-loss classification: its reward −log(1 − D) is no density ratio's when a constant per prompt is free.",
+    )
+    for flag, folder in (("--sft-model", args.sft_model), ("--reward-model", args.reward_model)):
+        local = folder is None or Path(folder).is_dir() or (folder.count("/") == 1 and not folder.startswith((".", "/", "~")))
+        require(local, f"{flag} {folder}: no such folder.")
+
+
+def load_data(args: Args, tokenizer, ends: list[int], judge: Judge) -> tuple[Split, Split, Split, list[Example]]:
+    """Training, development and test splits, and the data set's own preference pairs where --pairs asks for them.
+
+    Raises `UserError` where demonstrations or preferences are missing, or a held-out prompt is among the demonstrations'.
+    """
+    from_file = args.demonstrations.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+    wants_preferences = args.objective == "irl" and "preference" in args.pairs and args.preferences == "data"
+    columns = () if from_file else ("response",)
+    train_rows, test_rows = common.load_rows(args.dataset, columns, args.eval_prompts, "response" if from_file else args.demonstrations)
+    rows = common.load_file(args.demonstrations, ("response",), "--demonstrations") if from_file else train_rows
+    if from_file:
+        held_out = {common.prompt_text(row.prompt) for row in test_rows}
+        leaked = [row.id for row in rows if common.prompt_text(row.prompt) in held_out]
+        require(
+            not leaked,
+            f"--demonstrations {args.demonstrations}: {len(leaked)} of its prompts are held out for evaluation ({', '.join(leaked[:3])}). "
+            f"Remove them, or hold out others with another --dataset or --eval-prompts.",
+        )
+    count = None if args.num_prompts is None else args.num_prompts + args.dev_prompts
+    rows = select_demonstrations(args, rows, judge, count)
+    rows, prompts = common.encode_rows(tokenizer, rows, args.max_prompt_length, count, args.seed, "demonstrations")
+    require(len(rows) > args.dev_prompts, f"{len(rows)} demonstrations: --dev-prompts {args.dev_prompts} leaves none to learn from.")
+    end = common.turn_end(tokenizer, ends)
+    answers = [common.encode_response(tokenizer, row.prompt, row.response, end, args.max_new_tokens) for row in rows]
+    dev, train = (Split(rows[part], prompts[part], answers[part]) for part in (slice(args.dev_prompts), slice(args.dev_prompts, None)))
+    test = Split(*common.encode_rows(tokenizer, test_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts"))
+    preferences = []
+    if wants_preferences:
+        pairs = [row for row in train_rows if row.chosen is not None and row.rejected is not None and row.chosen != row.rejected]
+        require(
+            bool(pairs),
+            f"--pairs preference: --dataset {args.dataset} has no chosen and rejected responses. Give one that has, or --preferences judge (an oracle).",
+        )
+        pairs, pair_prompts = common.encode_rows(
+            tokenizer, pairs, args.max_prompt_length, args.reward_prompts * args.reward_samples, args.seed, "preferences"
+        )
+        preferences = preference_examples(args, tokenizer, ends, Split(pairs, pair_prompts))
+    return train, dev, test, preferences
+
+
+def select_demonstrations(args: Args, rows: list[common.Row], judge: Judge, count: int | None) -> list[common.Row]:
+    """Rows whose demonstration the judge scores at least --min-demonstration-score, in an order fixed by the seed: a few more than `count`."""
+    if args.min_demonstration_score is None:
+        return rows
+    require(
+        judge.score is not None,
+        f"--min-demonstration-score needs a judge with a scalar score; {judge.name} has none. Give None to keep all.",
+    )
+    rows, kept, seen = list(rows), [], 0
+    random.Random(args.seed).shuffle(rows)
+    for start in range(0, len(rows), 1024):
+        part = rows[start : start + 1024]
+        scores = judge.score([row.prompt for row in part], [row.response for row in part])
+        kept += [row for row, score in zip(part, scores.tolist(), strict=True) if score >= args.min_demonstration_score]
+        seen += len(part)
+        if count is not None and len(kept) >= 1.25 * count + 16:  # some will be too long, or share a prompt
+            break
+    print(f"demonstrations: {len(kept):,} of {seen:,} score at least {args.min_demonstration_score} by the judge {judge.name}")
+    require(bool(kept), f"--min-demonstration-score {args.min_demonstration_score}: no demonstration scores that much; lower it, or None.")
+    return kept
+
+
+def preference_examples(args: Args, tokenizer, ends: list[int], split: Split) -> list[Example]:
+    """The data set's [chosen, rejected] of every row that has both, as a reward model reads them."""
+    end, examples = common.turn_end(tokenizer, ends), []
+    for row, prompt in zip(split.rows, split.prompts, strict=True):
+        if row.chosen is not None and row.rejected is not None:
+            sides = [common.encode_response(tokenizer, row.prompt, text, end, args.max_new_tokens) for text in (row.chosen, row.rejected)]
+            read = [as_read(side, ends, args.hide_end) for side in sides]
+            if read[0] != read[1]:
+                examples.append(Example(row.id, prompt, read, [1.0, 1.0]))
+    return examples
+
+
+def stage_steps(args: Args, examples: int, epochs: int) -> int:
+    """Optimiser steps of a stage."""
+    steps = epochs * -(-examples // args.batch_size)
+    return min(steps, args.max_steps or steps)
+
+
+def planned_steps(args: Args, train: Split, preferences: list[Example]) -> int:
+    """Optimiser steps of all stages, for the progress bar."""
+    n = len(train.prompts)
+    steps = 0 if args.sft_model else stage_steps(args, n, args.epochs)
+    if args.objective == "spin":
+        steps += args.iterations * stage_steps(args, n, args.policy_epochs)
+    elif args.objective in ("reverse-kl", "js"):
+        steps += min(args.policy_steps, args.max_steps or args.policy_steps)
+    elif args.objective == "irl":
+        part = min(n, args.reward_prompts)
+        if not args.reward_model:
+            steps += len(args.pairs) * stage_steps(args, part * args.reward_samples, args.reward_epochs)
+        if args.extrapolate == "distil":
+            steps += stage_steps(args, part, args.policy_epochs)
+    return steps
+
+
+if __name__ == "__main__":
+    command_line(main, RECIPES)
