@@ -98,7 +98,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         "reference's weights": weights * item * second_model,
         **{f"optimiser: {what}": trained * n for what, n in states.items()},
         "moving average": trained * 4 * (getattr(args, "opponent", None) == "ema"),
-        CACHES: args.sample_rows * longest * keys_and_values * item,
+        CACHES: (args.sample_rows or 64) * longest * keys_and_values * item,
         ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
     }
     return {what: n for what, n in needs.items() if n}
@@ -144,7 +144,7 @@ def advice(args, device: torch.device) -> str:
     """Which flags need less memory and about how much less, most saving first; without figures where the model's sizes are not known."""
     options = {
         "--micro-batch-tokens": {"micro_batch_tokens": max(1, args.micro_batch_tokens // 2)},
-        "--sample-rows": {"sample_rows": max(1, args.sample_rows // 2)},
+        "--sample-rows": {"sample_rows": max(1, (args.sample_rows or 64) // 2)},
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--optimizer-states": {"optimizer_states": "bfloat16"},
         "--lora-rank": {"lora_rank": args.lora_rank or 32},

@@ -168,38 +168,56 @@ class PlainAdamW:
 
 
 def states(device: torch.device, steps: int = 24, learning_rate: float = 5e-7) -> dict:
-    """DPO on the same synthetic pairs from the same model by three optimisers: losses, and where the weights went against float32 masters."""
+    """DPO on the same synthetic pairs from the same model by three optimisers: where the weights went, against float32 masters.
+
+    Losses are those of the (master) weights in a float32 model on all the pairs: a bfloat16 forward pass is noisier than what 24 such steps gain.
+    """
     experiment.keep_freed_memory()
-    went, losses = {}, {}
-    kinds = {"float32": optimization.MasterAdamW, "bfloat16": optimization.SplitAdamW, "plain bfloat16 weights": PlainAdamW}
-    for name, kind in kinds.items():
-        policy, args = policy_and_args("smollm2-135m", device)
-        args = replace(args, batch_size=4)
-        start = [p.detach().float().cpu() for p in policy.parameters()]
-        optimiser = kind(policy)
-        batches = [make_pairs(random.Random(i), args.batch_size, 0.0) for i in range(4)]  # each used again and again: a loss that can fall
-        for pairs in batches:
-            sums = common.sequence_logprobs(policy, [p.prompt for p in pairs], [p.completions for p in pairs], 1.0, device, 256)
-            for pair, reference in zip(pairs, sums, strict=True):
-                pair.reference = reference
-        losses[name] = []
+    policy, args = policy_and_args("smollm2-135m", device)
+    args = replace(args, batch_size=4)
+    start = [p.detach().float().cpu() for p in policy.parameters()]
+    float32 = common.load_model("smollm2-135m", torch.float32, device)
+    batches = [make_pairs(random.Random(i), args.batch_size, 0.0) for i in range(4)]  # each used again and again: a loss that can fall
+
+    def logprobs(model, pairs):
+        return common.sequence_logprobs(model, [p.prompt for p in pairs], [p.completions for p in pairs], 1.0, device, 512)
+
+    def loss(masters) -> float:
+        with torch.no_grad():
+            for weight, master in zip(float32.parameters(), masters, strict=True):
+                weight.copy_(master)
+        ours, theirs = (torch.tensor([row for rows in every for row in rows]) for every in ([logprobs(float32, b) for b in batches], exact))
+        return selm.selm_loss(ours[:, 0], ours[:, 1], theirs[:, 0], theirs[:, 1], ours[:, 0], theirs[:, 0], args.beta, 0.0).item()
+
+    exact = [logprobs(float32, pairs) for pairs in batches]
+    for pairs in batches:
+        for pair, reference in zip(pairs, logprobs(policy, pairs), strict=True):
+            pair.reference = reference
+    went, losses = {}, {"before": loss(start)}
+    for kind in (optimization.MasterAdamW, optimization.SplitAdamW, PlainAdamW):
+        policy, _ = policy_and_args("smollm2-135m", device)
+        optimiser, run = kind(policy), experiment.Run("selm", args, steps)
         for step in range(steps):
-            pairs = batches[step % len(batches)]
-            run = experiment.Run("selm", args, 1)
-            losses[name].append(selm.train_step(args, policy, optimiser, pairs, 0.0, learning_rate, [-1], device, run, step)["loss"])
-        went[name] = torch.cat([(m.detach().float().cpu() - s).flatten() for m, s in zip(optimiser.masters, start, strict=True)])
-        del policy, optimiser, start
-    exact = went["float32"]
+            selm.train_step(args, policy, optimiser, batches[step % len(batches)], 0.0, learning_rate, [-1], device, run, step)
+        masters = [master.detach().float().cpu() for master in optimiser.masters]
+        losses[kind.__name__] = loss(masters)
+        went[kind.__name__] = [master - first for master, first in zip(masters, start, strict=True)]
+
+    def dot(a, b) -> float:
+        return sum(torch.dot(x.flatten().double(), y.flatten().double()).item() for x, y in zip(went[a], went[b], strict=True))
+
+    square = dot("MasterAdamW", "MasterAdamW")
     return {
         "steps": steps,
         "learning_rate": learning_rate,
-        "loss_first_and_last": {name: [values[0], values[-1]] for name, values in losses.items()},
-        "loss_greatest_difference_from_float32": {
-            name: max(abs(a - b) for a, b in zip(values, losses["float32"], strict=True)) for name, values in losses.items()
+        "loss": losses,
+        "displacement_relative_distance": {
+            name: max(0.0, (square + dot(name, name) - 2 * dot(name, "MasterAdamW")) / square) ** 0.5 for name in went
         },
-        "displacement_relative_distance": {name: ((d - exact).norm() / exact.norm()).item() for name, d in went.items()},
-        "displacement_cosine": {name: torch.cosine_similarity(d, exact, dim=0).item() for name, d in went.items()},
-        "weights_that_stood_still": {name: (d == 0).float().mean().item() for name, d in went.items()},
+        "displacement_cosine": {name: dot(name, "MasterAdamW") / (square * dot(name, name)) ** 0.5 for name in went},
+        "weights_that_stood_still": {
+            name: sum((d == 0).sum().item() for d in tensors) / sum(d.numel() for d in tensors) for name, tensors in went.items()
+        },
     }
 
 
