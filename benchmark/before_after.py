@@ -1,7 +1,7 @@
 """The default selm.py run of two commits, in turn on one machine: wall time, seconds and tokens a second by phase, and their ratio.
 
     python benchmark/before_after.py 71232f4 HEAD                   # about eight minutes on two cores
-    python benchmark/before_after.py 71232f4 HEAD --flags "--max-steps 6 --eval-prompts 16"
+    python benchmark/before_after.py 71232f4 HEAD --flags="--max-steps 6 --eval-prompts 16"
 
 Each commit gets a git worktree of its own in a scratch folder, removed at the end. Writes benchmark/results/before_after.json.
 """
@@ -34,7 +34,7 @@ def main(
         before: commit that is compared against.
         after: commit that should be faster.
         script: which script to run.
-        flags: its flags, in one string.
+        flags: its flags in one string, given as --flags="…".
         out: JSON file to write.
     """
     with tempfile.TemporaryDirectory(prefix="before_after-") as scratch:
