@@ -83,14 +83,19 @@ def utilisation(device: torch.device, rounds: int) -> dict:
         with run.phase("training"):
             selm.train_step(args, policy, optimiser, pairs, args.alpha, 1e-12, [-1], device, run, 1)
         steps.append(time.perf_counter() - start)
-    peaks.append(dry_run.matmul_peak(device, weight.dtype))
-    flops, seconds = dry_run.model_flops(policy, tokens, scored, 6), statistics.median(steps[2:])
     phases = {name: phase["seconds"] / rounds for name, phase in run.phases.items()}
+    peaks.append(dry_run.matmul_peak(device, weight.dtype))
+    with torch.profiler.profile() as profile:
+        selm.train_step(args, policy, optimiser, pairs, args.alpha, 1e-12, [-1], device, run, 1)
+    operators = sorted(profile.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    everything = sum(event.self_cpu_time_total for event in operators)
+    flops, seconds = dry_run.model_flops(policy, tokens, scored, 6), statistics.median(steps[2:])
     return {
         "dtype": str(weight.dtype),
         "matmul_peak_flops_per_second": max(peaks),
         "step_seconds_median": seconds,
         "step_seconds_by_part_mean": phases,
+        "share_of_cpu_time_by_operator": {event.key: round(event.self_cpu_time_total / everything, 3) for event in operators[:10]},
         "tokens": tokens,
         "scored": scored,
         "model_flops": flops,
