@@ -108,6 +108,16 @@ def test_random_rounding_has_the_right_mean():
     torch.testing.assert_close(rounded.view(3, -1).double().mean(1), x.view(3, -1)[:, 0].double(), atol=0, rtol=3e-5)
 
 
+def test_second_moment_decays_though_each_step_is_below_bfloat16s_spacing():
+    """A gradient of 1, then none: the second moment falls by a thousandth a step, which rounding to nearest would swallow."""
+    model = torch.nn.Linear(50, 20, bias=False).bfloat16()
+    optimiser = optimization.SplitAdamW(model)
+    for step in range(300):
+        (model.weight.sum() * (step == 0)).backward()
+        optimiser.step(0.0, 0.0)
+    assert optimiser.squares[0].double().mean().item() == pytest.approx(0.001 * 0.999**299, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", [optimization.MasterAdamW, optimization.SplitAdamW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bit_exact(kind, dtype, tmp_path):
