@@ -65,11 +65,13 @@ DIALOGUE = [{"role": "user", "content": "sun"}, {"role": "assistant", "content":
 
 @pytest.fixture(scope="module")
 def pairwise_folder(tmp_path_factory):
-    """A causal model with a chat template and single tokens A and B."""
+    """A causal model with a chat template, single tokens A and B, and absolute positions, which padding must not shift."""
     path = tmp_path_factory.mktemp("pairwise")
     words = tiny.tokenizer(extra=("A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>"))
     words.save_pretrained(path)
-    tiny.model(len(words)).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
     return path, words
 
 
