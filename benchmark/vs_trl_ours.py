@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,10 +38,8 @@ def prompts_of(args, model: str) -> tuple[list, list[list[int]], object]:
     return *common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "prompts"), tokenizer
 
 
-def main() -> None:
-    """Load once, then answer requests until standard input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    settings = json.loads(sys.argv[1])
+def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
+    """Load once and say what was loaded; then one optimiser step for each request, and what it took."""
     script, values = ALGORITHMS[settings["algorithm"]]
     B, N = settings["batch_size"], settings["new_tokens"]
     args = replace(script.RECIPES["smollm2-135m"], batch_size=B, max_new_tokens=N, temperature=0.9, learning_rate=5e-7, **values)
@@ -58,16 +57,14 @@ def main() -> None:
     optimiser = common.MasterAdamW(policy, learning_rate=0.0)
     run = experiment.Run("benchmark", args, 0)  # its clock; create() is not called, so nothing is written
     opponent = [None] if script is nash_md else []  # no EMA
-    said = dict(
+    yield dict(
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         weights=f"{dtype}, masters and moments torch.float32",
         attention=attention,
         micro_batch_tokens=args.micro_batch_tokens,
         threads=torch.get_num_threads(),
     )
-    print(json.dumps(said), file=answers, flush=True)
-
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         indices = list(range(request["batch"] * B, (request["batch"] + 1) * B))
         sampling = dict(
@@ -81,15 +78,16 @@ def main() -> None:
         )
         with run.phase("training"):
             script.train_step(args, policy, reference, optimiser, batch, args.learning_rate, NEVER, device, run, 1)
-        taken = dict(
+        yield dict(
             seconds=time.perf_counter() - start,
             **run.phase_seconds,
             peak_memory_bytes=experiment.peak_memory(),
             prompt_tokens=sum(len(prompts[i]) for i in indices),
             new_tokens=run.phase_tokens["sampling"],
         )
-        print(json.dumps(taken), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for answer in serve(json.loads(sys.argv[1]), sys.stdin):
+        print(json.dumps(answer), file=answers, flush=True)
