@@ -76,6 +76,7 @@ def main(
     steps: int = 2,
     our_steps: int = 3,
     warmup_tokens: int = 8,
+    checkpointing: Literal["both", "on", "off"] = "both",
     micro_batch_tokens: int = 0,
     model: str = "smollm2-135m",
     trl_env: str | None = None,
@@ -91,6 +92,7 @@ def main(
         steps: measured steps of each side of TRL's, on prompts of their own.
         our_steps: our steps for each of these, on the same prompts.
         warmup_tokens: length of the replies in the one step before, which does not count.
+        checkpointing: TRL with gradient checkpointing (its default), without, or both; one of them halves the time this takes.
         micro_batch_tokens: ours; 0 is the recipe's. TRL computes the batch at once.
         model: recipe or folder.
         trl_env: folder of TRL's virtual environment; None is CACHE/trl-VERSION.
@@ -102,7 +104,10 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         if smoke:
             model, new_tokens, warmup_tokens = tiny_model(Path(scratch) / "tiny"), 6, 4
-        sides = measure(algorithm, new_tokens, batch_size, steps, our_steps, warmup_tokens, micro_batch_tokens, model, environment, scratch)
+        theirs = {name: on for name, on in TRL_SIDES.items() if checkpointing == "both" or on == (checkpointing == "on")}
+        settings = {"algorithm": algorithm, "batch_size": batch_size, "new_tokens": new_tokens, "micro_batch_tokens": micro_batch_tokens}
+        lengths = [(warmup_tokens, 1)] + [(new_tokens, our_steps)] * steps
+        sides = measure(settings, lengths, model, theirs, environment, Path(scratch))
     result = {
         "command": " ".join(["python", *sys.argv]),
         **experiment.environment(),
@@ -111,7 +116,7 @@ def main(
         "new_tokens": new_tokens,
         "batch_size": batch_size,
         "sides": sides,
-        "ratio": {name: sides[name]["median_seconds"] / sides[OURS]["median_seconds"] for name in TRL_SIDES},
+        "ratio": {name: sides[name]["median_seconds"] / sides[OURS]["median_seconds"] for name in theirs},
     }
     if out or not smoke:
         path = Path(out) if out else HERE / "results" / f"vs_trl_{algorithm}_{new_tokens}.json"
@@ -145,37 +150,39 @@ def tiny_model(folder: Path) -> str:
     return str(folder)
 
 
-def measure(
-    algorithm, new_tokens, batch_size, steps, our_steps, warmup_tokens, micro_batch_tokens, model, environment: Path, scratch: str
-) -> dict[str, dict]:
-    """What each side says of itself, every step it did and their median seconds."""
-    source = common.model_source(model)
-    script, _ = vs_trl_ours.ALGORITHMS[algorithm]
+def measure(settings: dict, rounds: list[tuple[int, int]], model: str, theirs: dict[str, bool], environment: Path, scratch: Path) -> dict:
+    """What each side says of itself, every step it did and their median seconds.
+
+    Args:
+        settings: what both workers take; see vs_trl_ours.py.
+        rounds: for each, the replies' length and how often our side steps; the first is the warm-up.
+        theirs: TRL's sides, their gradient checkpointing by name.
+        environment: TRL's virtual environment.
+        scratch: folder for the prompts and the sides' logs.
+    """
+    script, _ = vs_trl_ours.ALGORITHMS[settings["algorithm"]]
     rows, _, _ = vs_trl_ours.prompts_of(script.RECIPES["smollm2-135m"], model)
-    prompts = Path(scratch) / "prompts.jsonl"
+    prompts = scratch / "prompts.jsonl"
     conversation = lambda prompt: prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]  # noqa: E731
     prompts.write_text("".join(json.dumps({"prompt": conversation(row.prompt)}) + "\n" for row in rows))
 
-    settings = {"algorithm": algorithm, "model": source, "batch_size": batch_size}
-    mine = json.dumps({**settings, "model": model, "new_tokens": new_tokens, "micro_batch_tokens": micro_batch_tokens})
-    commands = {OURS: [sys.executable, str(HERE / "vs_trl_ours.py"), mine]}
-    for name, checkpointing in TRL_SIDES.items():
-        theirs = json.dumps({**settings, "prompts": str(prompts), "gradient_checkpointing": checkpointing})
-        commands[name] = [str(environment / "bin" / "python"), str(HERE / "vs_trl_theirs.py"), theirs]
+    commands = {OURS: [sys.executable, str(HERE / "vs_trl_ours.py"), json.dumps({**settings, "model": model})]}
+    for name, on in theirs.items():
+        extra = {"model": common.model_source(model), "prompts": str(prompts), "gradient_checkpointing": on}
+        commands[name] = [str(environment / "bin" / "python"), str(HERE / "vs_trl_theirs.py"), json.dumps({**settings, **extra})]
 
-    rounds = [(warmup_tokens, 1)] + [(new_tokens, our_steps)] * steps
-    bar = tqdm(total=sum(repeats + len(TRL_SIDES) for _, repeats in rounds), unit="step")
+    bar = tqdm(total=sum(repeats + len(theirs) for _, repeats in rounds), unit="step")
     sides, done = [], {name: [] for name in commands}
     try:
         for name, command in commands.items():
             bar.set_description(f"{name}: loading")
-            sides.append(Side(name, command, Path(scratch) / f"{len(sides)}.log"))
+            sides.append(Side(name, command, scratch / f"{len(sides)}.log"))
         for batch, (length, repeats) in enumerate(rounds):
             for side in sides:
                 for repeat in range(repeats if side.name == OURS else 1):
                     bar.set_description(f"{side.name}: {length} new tokens")
                     step = side.step(new_tokens=length, batch=batch, seed=repeat)
-                    check_step(side.name, step, 2 * batch_size * length, done[OURS][-1] if side.name != OURS else step)
+                    check_step(side.name, step, 2 * settings["batch_size"] * length, done[OURS][-1] if side.name != OURS else step)
                     done[side.name].append(step)
                     bar.update()
     finally:

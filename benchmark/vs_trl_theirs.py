@@ -1,6 +1,6 @@
 """TRL's side of vs_trl.py: runs in TRL's own environment, one optimiser step for each line on standard input.
 
-Argument: a JSON object with `algorithm` (nash, ipo), `model` and `prompts` (folder and .jsonl file), `batch_size`, `gradient_checkpointing`.
+Argument: a JSON object with `algorithm` (nash, ipo), `model` (folder), `prompts` (.jsonl file), `batch_size` and `gradient_checkpointing`.
 Each input line is {"new_tokens": N}; each output line what that step took. Whatever TRL prints goes to standard error.
 """
 
@@ -29,6 +29,7 @@ NASH = settings["algorithm"] == "nash"
 if NASH:
     from trl.experimental.nash_md import NashMDConfig as Config
     from trl.experimental.nash_md import NashMDTrainer as Trainer
+    from trl.experimental.nash_md.nash_md_trainer import GeometricMixtureWrapper
 else:
     from trl.experimental.online_dpo import OnlineDPOConfig as Config
     from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer
@@ -60,6 +61,20 @@ class LexiconRewardModel:
 def vader_reward(completions, **_) -> list[float]:
     """VADER as OnlineDPOTrainer's reward function."""
     return [vader.polarity_scores(completion[0]["content"])["compound"] for completion in completions]
+
+
+def note_cache() -> None:
+    """Note how many places the mixture's KV cache holds beside how many its rows have: are they one model's?"""
+    forward = GeometricMixtureWrapper.forward
+
+    def noting(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        measured["mixture_cache_length"] = cache.get_seq_length() if cache is not None else 0
+        measured["mixture_row_length"] = kwargs["attention_mask"].shape[1]
+        return outputs
+
+    GeometricMixtureWrapper.forward = noting
 
 
 class Timed(Trainer):
@@ -105,6 +120,8 @@ class StepOnRequest(TrainerCallback):
         answer(seconds=time.perf_counter() - self.start, peak_memory_bytes=memory, **measured)
 
 
+if NASH:
+    note_cache()
 tokenizer = AutoTokenizer.from_pretrained(settings["model"])
 model = AutoModelForCausalLM.from_pretrained(settings["model"])
 with open(settings["prompts"]) as file:
