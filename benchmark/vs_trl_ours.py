@@ -22,6 +22,7 @@ import common
 import experiment
 import ipo_md
 import nash_md
+import optimization
 from judges import load_judge
 
 ALGORITHMS = {  # values that TRL's defaults have a counterpart of are TRL's; the rest is the recipe's
@@ -54,7 +55,7 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
     attention = common.choose_attention("auto", device, args.max_prompt_length + replies * N)
     policy = common.make_trainable(common.load_model(settings["model"], dtype, device, attention), 0, 0, False)
     reference = common.load_model(settings["model"], dtype, device, attention)
-    optimiser = common.MasterAdamW(policy, learning_rate=0.0)
+    optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
     run = experiment.Run("benchmark", args, 0)  # its clock; create() is not called, so nothing is written
     opponent = [None] if script is nash_md else []  # no EMA
     yield dict(
@@ -70,8 +71,7 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
         sampling = dict(
             ends=NEVER, max_new_tokens=request["new_tokens"], temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows
         )
-        run.phase_seconds.clear()
-        run.phase_tokens.clear()
+        run.phases.clear()
         start = time.perf_counter()
         batch, _ = script.collect(
             args, indices, request["seed"], rows, prompts, policy, reference, *opponent, tokenizer, sampling, judge, run
@@ -80,10 +80,10 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
             script.train_step(args, policy, reference, optimiser, batch, args.learning_rate, NEVER, device, run, 1)
         yield dict(
             seconds=time.perf_counter() - start,
-            **run.phase_seconds,
+            **{name: phase["seconds"] for name, phase in run.phases.items()},
             peak_memory_bytes=experiment.peak_memory(),
             prompt_tokens=sum(len(prompts[i]) for i in indices),
-            new_tokens=run.phase_tokens["sampling"],
+            new_tokens=run.phases["sampling"]["tokens"],
         )
 
 

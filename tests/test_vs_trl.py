@@ -14,6 +14,7 @@ import vs_trl  # noqa: E402
 import vs_trl_ours  # noqa: E402
 
 import common  # noqa: E402
+import optimization  # noqa: E402
 from common import UserError  # noqa: E402
 
 
@@ -22,8 +23,8 @@ def test_our_side_samples_every_token_and_changes_the_policy(world, monkeypatch,
     rows, _ = common.load_rows(f"{world}/prompts.jsonl", held_out=8)
     monkeypatch.setattr(common, "load_rows", lambda *_, **__: (rows, []))
     optimisers = []
-    made = common.MasterAdamW
-    monkeypatch.setattr(common, "MasterAdamW", lambda *args, **kwargs: optimisers.append(made(*args, **kwargs)) or optimisers[0])
+    made = optimization.make_optimiser
+    monkeypatch.setattr(optimization, "make_optimiser", lambda *args, **kwargs: optimisers.append(made(*args, **kwargs)) or optimisers[0])
     settings = dict(algorithm=algorithm, model=f"{world}/model", batch_size=4, new_tokens=12, micro_batch_tokens=0)
     requests = [json.dumps({"new_tokens": n, "batch": i, "seed": 0}) for i, n in enumerate((3, 12))]
     side = vs_trl_ours.serve(settings, requests)
