@@ -163,10 +163,10 @@ def advice_when_out_of_memory():
 
 def check_common(args) -> None:
     """The checks every script shares. Raises `UserError` naming flag and value."""
-    positive = ("batch_size", "max_new_tokens", "max_prompt_length", "eval_prompts", "micro_batch_tokens", "sample_rows")
+    positive = ("batch_size", "max_new_tokens", "max_prompt_length", "eval_prompts", "micro_batch_tokens")
     for name in positive:
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    for name in ("temperature", "weight_decay", "max_grad_norm", "lora_rank", "save_every"):
+    for name in ("temperature", "weight_decay", "max_grad_norm", "lora_rank", "save_every", "sample_rows"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}.")
     require(0 < args.top_p <= 1, f"--top-p must lie in (0, 1], got {args.top_p}.")
     require(0 <= args.warmup_ratio <= 1, f"--warmup-ratio must lie in [0, 1], got {args.warmup_ratio}.")
@@ -237,6 +237,12 @@ class Run:
     def add_tokens(self, name: str, tokens: int) -> None:
         """Count tokens of a phase: completion tokens for sampling, prompt and completion tokens for training."""
         self.phase_tokens[name] += tokens
+
+    def set_apart(self, name: str, part: str, seconds: float) -> None:
+        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per second."""
+        if seconds:
+            self.phase_seconds[name] -= seconds
+            self.phase_seconds[part] += seconds
 
     def throughput(self) -> dict[str, float]:
         """Tokens per second by phase, since the start (or the resume)."""
@@ -420,7 +426,13 @@ def evaluate(
     Both orders are asked of a judge without a scalar.
     """
     args, device = run.args, common.head(policy)[0].device
-    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows)
+    settings = dict(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_rows=args.sample_rows,
+        decoding=args.decoding,
+    )
     seed = common.derive_seed("evaluation", 0)
     replies, texts = {}, {}
     for name, model in (("start", start), ("policy", policy)):
