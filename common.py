@@ -671,8 +671,8 @@ def sample(
         unmixed: of the completions, the first so many come from `model` alone, in the same forward passes.
         max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its completions.
         decoding: how a step is launched, see `resolve_decoding`.
-        stats: `tokens` and `warmup_seconds`, the time that went into capturing or compiling, are added to it; a mixture sets
-            `agreement`, the share of tokens at which both models' most likely token is the same.
+        stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch shape, captures and
+            compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
@@ -703,6 +703,7 @@ def sample(
     if stats is not None:
         stats["tokens"] = stats.get("tokens", 0) + sum(len(reply) for group in replies for reply in group)
         stats["warmup_seconds"] = stats.get("warmup_seconds", 0.0) + decoder.warmup_seconds
+        stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen)
         if reference is not None:
             agreeing, drawn = decoder.agreement.tolist()
             stats["agreement"] = agreeing / drawn
@@ -850,7 +851,7 @@ class _Decoder:
         self.decoding = resolve_decoding(decoding, device)
         self.check_every = CHECK_EVERY.get(device.type, 16)
         self.granule = 16 if self.decoding == "eager" else 128  # the cache is read up to a multiple of so many places
-        self.forwards = [torch.compile(backbone(m)) if self.decoding == "compiled" else backbone(m) for m in members]
+        self.forwards = [torch.compile(backbone(m), dynamic=True) if self.decoding == "compiled" else backbone(m) for m in members]
         self.kinds = (K - unmixed, unmixed) if len(members) == 2 else (0, K)  # completions with and without the mixture
         self.full = tuple(G * k for k in self.kinds)  # and rows
         self.caches: list = [None for _ in members]  # made by the first prefill, which knows their shapes
@@ -939,11 +940,12 @@ class _Decoder:
             if shape not in self.seen:
                 self.seen.add(shape)
                 self._step(sizes, length)
+                self._wait()
             else:
                 self.graphs[shape] = self._capture(lambda: self._step(sizes, length))
-                self.graphs[shape]()
-            self._wait()
             self.warmup_seconds += time.perf_counter() - start
+            if shape in self.graphs:
+                self.graphs[shape]()
 
     def _wait(self) -> None:
         if self.token.device.type == "cuda":
@@ -955,6 +957,8 @@ class _Decoder:
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(f"this model's decode step cannot be captured as a CUDA graph ({error}). Use --decoding eager.") from error
         self.pool = graph.pool()  # graphs run one after the other: they share the memory of their intermediate results
