@@ -998,7 +998,7 @@ class _Decoder:
             self.agreement += torch.stack([agree.sum(), active[:M].sum()])
             logprobs[:M] = F.log_softmax((1 - self.beta) * of_policy + self.beta * of_reference, -1)
         token = logprobs.argmax(-1) if self.temperature == 0 else _inverse_cdf(logprobs, self.uniforms[row, self.t], self.top_p)
-        self.tokens[row, self.t] = torch.where(active, token, -1)
+        self.tokens[row, self.t] = token.masked_fill(~active, -1)
         self.token[:R] = token
         self.finished[:R] |= (token[:, None] == self.ends).any(1)
         self.t += 1

@@ -238,3 +238,11 @@ def test_the_choice_is_stored_and_kept(flags, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "x" / "args.json").read_text())["args"]["sample_rows"] == chosen[0] > 64
     monkeypatch.setattr(common, "free_memory", lambda device: 1)
     assert experiment.saved_args(selm.Args, tmp_path / "x").sample_rows == chosen[0]
+
+
+def test_warmup_does_not_blur_tokens_per_second():
+    run = experiment.Run("selm", selm.Args(), 1)
+    run.phase_seconds["sampling"] = 3.0
+    run.add_tokens("sampling", 100)
+    run.set_apart("sampling", "decoder warm-up", 1.0)
+    assert run.throughput() == {"tokens_per_second/sampling": 50.0} and run.phase_seconds["decoder warm-up"] == 1.0
