@@ -216,7 +216,7 @@ def generate(figures: Figures, device, smoke: bool) -> None:
     model.generation_config.eos_token_id = None
     prompts = random_prompts(rows, P, shape["vocab_size"])
     ids = torch.tensor(prompts, device=device)
-    config = transformers.GenerationConfig(max_new_tokens=T, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None)
+    settings = dict(max_new_tokens=T, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None)
     ours = {}
 
     def sample():
@@ -237,11 +237,13 @@ def generate(figures: Figures, device, smoke: bool) -> None:
 
     def continuous():
         small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256) if smoke else None  # else all memory
+        config = transformers.GenerationConfig(**settings)
         done = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
         assert all(len(output.generated_tokens) == T for output in done.values()) and len(done) == rows
 
     def static():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, cache_implementation="static")
+        config = transformers.GenerationConfig(**settings, cache_implementation="static")
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         assert out.shape == (rows, P + T)
 
     sample()  # warms up kernels
@@ -255,9 +257,9 @@ def run_script(script: str, flags: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], capture_output=True, text=True, cwd=ROOT)
 
 
-def last_line(done: subprocess.CompletedProcess) -> str:
+def last_lines(done: subprocess.CompletedProcess) -> str:
     told = [line.strip("│ ") for line in done.stderr.splitlines() if any(c.isalpha() for c in line)]
-    return (told or [f"exit status {done.returncode}"])[-1][:300]
+    return " / ".join(told[-3:])[:300] or f"exit status {done.returncode}"
 
 
 def train(figures: Figures, device, smoke: bool) -> None:
@@ -271,7 +273,7 @@ def train(figures: Figures, device, smoke: bool) -> None:
                 done = run_script("selm", list(flags))
                 written = sorted(Path(folder).rglob("dry_run.json"))
                 if done.returncode or not written:
-                    raise RuntimeError(f"selm.py --dry-run: {last_line(done)}")
+                    raise RuntimeError(f"selm.py --dry-run: {last_lines(done)}")
                 return json.loads(written[0].read_text())
 
             figures.attempt(name, measure)
@@ -299,7 +301,7 @@ def scripts(figures: Figures, device, smoke: bool) -> None:
             def measure(script=script, flags=flags, folder=folder):
                 done = run_script(script, flags)
                 if done.returncode:
-                    raise RuntimeError(f"{script}.py: {last_line(done)}")
+                    raise RuntimeError(f"{script}.py: {last_lines(done)}")
                 summary = json.loads((Path(folder) / "run/summary.json").read_text())
                 reached = summary["win_rate"] >= 0.82
                 keep = ("win_rate", "seconds", "steps", "phase_seconds", "peak_memory_bytes", "tokens_per_second/sampling")
