@@ -69,7 +69,12 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
         request = json.loads(line)
         indices = list(range(request["batch"] * B, (request["batch"] + 1) * B))
         sampling = dict(
-            ends=NEVER, max_new_tokens=request["new_tokens"], temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows
+            ends=NEVER,
+            max_new_tokens=request["new_tokens"],
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_rows=args.sample_rows,
+            decoding="eager",
         )
         run.phases.clear()
         start = time.perf_counter()
