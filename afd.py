@@ -192,7 +192,9 @@ class Args:
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
-    """Replies decoded at once."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
+    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as graphs; auto is graphs on CUDA."""
 
 
 HH = Args(  # the paper's task: Anthropic's HH-RLHF
@@ -216,6 +218,7 @@ HH = Args(  # the paper's task: Anthropic's HH-RLHF
     micro_batch_tokens=16_384,
     save_every=500,
     policy_steps=1000,
+    sample_rows=0,
 )
 RECIPES = {
     "smollm2-135m": Args(),
@@ -330,9 +333,11 @@ class Context:
                 top_p=args.top_p,
                 seed=seed,
                 max_rows=args.sample_rows,
+                decoding=common.resolve_decoding(args.decoding, self.device),
                 stats=stats,
                 progress=progress,
             )
+        self.run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
         self.run.add_tokens("sampling", stats["tokens"])
         return replies
 
@@ -368,6 +373,7 @@ def main(args: Args) -> None:
     longest = args.max_prompt_length + (1 if args.objective == "forward-kl" else args.samples_per_prompt) * args.max_new_tokens
     attention = common.choose_attention(args.attention, device, longest)
     start = common.load_model(args.model, dtype, device, attention)
+    args = replace(args, sample_rows=common.choose_sample_rows(args.sample_rows, [start], args.max_prompt_length + args.max_new_tokens))
     ends = common.end_tokens(start, tokenizer)
     train, dev, test, preferences = load_data(args, tokenizer, ends, judge)
     run = Run("afd", args, planned_steps(args, train, preferences))

@@ -21,15 +21,17 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -707,6 +709,7 @@ def sample(
     mixture: tuple[object, float] | None = None,
     unmixed: int = 0,
     max_rows: int = 64,
+    decoding: str = "auto",
     stats: dict | None = None,
     progress: str | None = None,
 ) -> list[list[list[int]]]:
@@ -722,136 +725,340 @@ def sample(
             cache of its own. β = 0 never runs the reference, β = 1 never runs `model`.
         unmixed: of the completions, the first so many come from `model` alone, in the same forward passes.
         max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its completions.
-        stats: filled with `tokens` and, for a mixture, `agreement`: the share of tokens at which both models' most
-            likely token is the same.
+        decoding: how a step is launched, see `resolve_decoding`.
+        stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch shape, captures and
+            compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same.
 
-    Rows that finished leave the batch. The decode loop reads the finished flags every token on CPU, every 8th elsewhere.
+    Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
     reference, beta = mixture or (None, 0.0)
     if beta == 1 and not unmixed:
         model, reference = reference, None
     elif beta == 0:
         reference = None
+    members = [model] if reference is None else [model, reference]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = len(prompts[order[-1]])
+    for member in members:
+        require_full_attention(member, longest + max_new_tokens)
     uniforms = torch.rand(len(prompts) * completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
     uniforms = uniforms.view(len(prompts), completions, max_new_tokens)
     replies: list = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, max_rows // completions)
-    counts = Counter()
+    batches = -(-len(prompts) // max(1, max_rows // completions))
+    step = -(-len(prompts) // batches)  # batches of one size
+    decoder = _Decoder(members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
     for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
         chunk = order[start : start + step]
-        rows = _decode_batch(
-            model, reference, beta, unmixed, [prompts[i] for i in chunk], ends, uniforms[chunk], temperature, top_p, counts
-        )
-        for i, j in enumerate(chunk):
-            replies[j] = rows[i * completions : (i + 1) * completions]
+        for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
+            replies[i] = group
     if stats is not None:
-        stats["tokens"] = sum(len(reply) for group in replies for reply in group)
+        stats["tokens"] = stats.get("tokens", 0) + sum(len(reply) for group in replies for reply in group)
+        stats["warmup_seconds"] = stats.get("warmup_seconds", 0.0) + decoder.warmup_seconds
+        stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen)
         if reference is not None:
-            stats["agreement"] = float(counts["agree"] / counts["drawn"])
+            agreeing, drawn = decoder.agreement.tolist()
+            stats["agreement"] = agreeing / drawn
     return replies
 
 
-class _PreallocatedLayer(transformers.cache_utils.DynamicLayer):
-    """One layer's keys and values in buffers of their final length: nothing grows or is copied while decoding."""
+def resolve_decoding(decoding: str, device: torch.device) -> str:
+    """`auto` is `graphs` on CUDA, else `eager`. Raises `UserError` for graphs elsewhere.
 
-    def repeat_and_reserve(self, repeats: int, tokens: int) -> None:
-        """After the prefill: `repeats` copies of each row, with room for `tokens` more."""
-        G, H, P, D = self.keys.shape
-        self.length = P
-        self.buffers = [old.new_empty(G * repeats, H, P + tokens, D) for old in (self.keys, self.values)]
-        for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
-            buffer[:, :, :P] = old.repeat_interleave(repeats, 0)
-        self.keys, self.values = (buffer[:, :, :P] for buffer in self.buffers)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not hasattr(self, "buffers"):  # the prefill
-            return super().update(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices) -> None:
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+    eager launches the step's kernels one by one; graphs captures them once and launches them together; compiled also
+    fuses them with `torch.compile` first, at the price of about a minute of compilation for a large model.
+    """
+    if decoding == "auto":
+        return "graphs" if device.type == "cuda" else "eager"
+    require(
+        decoding == "eager" or device.type == "cuda", f"--decoding {decoding} needs a CUDA device, this is {device.type}. Leave it at auto."
+    )
+    return decoding
 
 
-def _decode_batch(model, reference, beta, unmixed, prompts, ends, uniforms, temperature, top_p, counts) -> list[list[int]]:
-    """Decode one batch: G prompts, uniforms (G, K, T); returns G·K completions. `reference` None: `model` alone."""
-    G, K, T = uniforms.shape
-    device = head(model)[0].device
-    input_ids, mask = left_pad(prompts, device)  # (G, P)
-    P = input_ids.shape[1]
-    uniforms = uniforms.reshape(G * K, T).to(device)
-    ends_tensor = torch.tensor(ends, device=device)
-    rows = torch.arange(G * K, device=device)  # which output row each active row is
-    mixed = (
-        torch.arange(K, device=device).repeat(G) >= unmixed
-        if reference is not None
-        else torch.zeros(G * K, dtype=torch.bool, device=device)
+def require_full_attention(model, longest: int) -> None:
+    """Refuse a model in which some layer would not see all of `longest` tokens: its masks are not built here.
+
+    Raises `UserError` for a sliding window shorter than that, and for layers that are not attention.
+    """
+    config = base_model(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = kinds - {"full_attention", "sliding_attention"}
+    require(not other, f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported.")
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and ("sliding_attention" in kinds or not getattr(config, "layer_types", None))
+    require(
+        not slides or longest <= window,
+        f"{config.model_type}: prompt and reply of up to {longest} tokens are longer than its attention's sliding window of {window}, "
+        "which is not supported. Lower --max-prompt-length or --max-new-tokens.",
     )
 
-    def prefill(member, repeats):
-        """Each prompt once, then its cache copied for its rows; returns cache and last hidden states (G * repeats, D)."""
-        cache = transformers.cache_utils.Cache(layer_class_to_replicate=_PreallocatedLayer)
+
+def choose_sample_rows(requested: int, members: list, longest: int) -> int:
+    """Rows to decode at once: `requested`, or for 0 as many as a GPU's free memory holds; 64 where there is no GPU.
+
+    For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is made:
+
+        rows = (0.85 · free − 16 · trained weights − prefill) / row        in bytes; at least 8, at most 1024
+        row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V      keys and values; logits on their way to a draw
+        prefill = PREFILL_TOKENS · 4 · (D_model + intermediate size) · element size
+
+    16 is what `MasterAdamW` needs for a weight. Raises `UserError` for an architecture that `require_full_attention` refuses.
+    """
+    for member in members:
+        require_full_attention(member, longest)
+    weight = head(members[0])[0]
+    free = free_memory(weight.device)
+    if requested or free is None:
+        return requested or 64
+    element, row, prefill = weight.element_size(), 0, 0
+    for config in (base_model(member).config.get_text_config() for member in members):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row += 2 * config.num_hidden_layers * heads * width * longest * element + 24 * weight.shape[0]
+        prefill = PREFILL_TOKENS * 4 * (config.hidden_size + config.intermediate_size) * element
+    optimiser = 16 * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
+    return int(min(1024, max(8, (0.85 * free - optimiser - prefill) // row // 8 * 8)))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a CUDA device, those that PyTorch holds unused included; None on another device."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention of one token a row, (R, H, 1, D), over its cache, (R, H_kv, L, D); returns (R, 1, H, D).
+
+    The query heads that share a key head become its queries, so that the cache is read once, not repeated H / H_kv times.
+    """
+    R, H, _, D = query.shape
+    query = query.reshape(R, key.shape[1], -1, D)  # (R, H_kv, H / H_kv, D)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(R, 1, H, -1), None
+
+
+transformers.AttentionInterface.register("grouped", _grouped_attention)
+
+
+@contextlib.contextmanager
+def _attention_of_one_token(model):
+    """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores (Gemma-2)."""
+    config = backbone(model).config
+    own = config._attn_implementation
+    if getattr(config, "attn_logit_softcapping", None) is None:
+        config._attn_implementation = "grouped"
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+class _StaticLayer(transformers.cache_utils.DynamicLayer):
+    """One layer's keys and values in buffers that stay where they are; the new token's place in them is a tensor."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor):
+        super().__init__()
+        self.buffers, self.place, self.is_initialized = (keys, values), place, True
+
+    def look_at(self, rows: int, length: int) -> None:
+        """Work on the first `rows` rows and `length` places."""
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self.buffers)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
+
+
+CHECK_EVERY = {"cpu": 1}  # tokens between two looks at which rows finished; elsewhere 16, as each look waits for the device
+LADDER = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)  # batch sizes worth a graph, as shares of the full one
+PREFILL_TOKENS = 2**16  # prompt tokens in one forward pass
+
+
+class _Decoder:
+    """Decodes batch after batch in buffers of one size.
+
+    A step feeds each row's last token and draws its next one. It reads and writes device tensors that stay where they are and asks
+    the device nothing, so that the host runs ahead, and the step can be captured as a CUDA graph. Rows stand completion by
+    completion, (K, G), the mixed ones first: a prompt's cache then reaches its rows by broadcasting, and the reference's are the first.
+    """
+
+    def __init__(self, members, beta, unmixed, G, K, longest_prompt, T, ends, temperature, top_p, decoding):
+        self.members, self.beta, self.temperature, self.top_p = members, beta, temperature, top_p
+        device = head(members[0])[0].device
+        self.decoding = resolve_decoding(decoding, device)
+        self.check_every = CHECK_EVERY.get(device.type, 16)
+        self.granule = 16 if self.decoding == "eager" else 128  # the cache is read up to a multiple of so many places
+        self.forwards = [torch.compile(backbone(m), dynamic=True) if self.decoding == "compiled" else backbone(m) for m in members]
+        self.kinds = (K - unmixed, unmixed) if len(members) == 2 else (0, K)  # completions with and without the mixture
+        self.full = tuple(G * k for k in self.kinds)  # and rows
+        self.caches: list = [None for _ in members]  # made by the first prefill, which knows their shapes
+        R, self.L = G * K, round_up(longest_prompt + T - 1, self.granule)
+        integers = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
+        self.row, self.token, self.position = integers(R), integers(R), integers(R)  # its output row, last token, that token's position
+        self.finished = torch.zeros(R, dtype=torch.bool, device=device)
+        self.mask = torch.zeros(R, 1, 1, self.L, dtype=head(members[0])[0].dtype, device=device)  # added to the attention's scores
+        self.place, self.t = integers(1), integers(1)  # where in the cache the next token goes; how many were drawn
+        self.uniforms, self.tokens = torch.zeros(R, T, device=device), integers(R, T)  # by output row
+        self.ends = torch.tensor(ends, device=device)
+        self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
+        self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
+
+    def decode(self, prompts: list[list[int]], uniforms: torch.Tensor) -> list[list[list[int]]]:
+        """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T)."""
+        G, K, T = uniforms.shape
+        order = [*range(K - self.kinds[0], K), *range(K - self.kinds[0])]  # of the completions
+        self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).reshape(G * K, T)
+        self.tokens.fill_(-1)
+        self.row[: G * K] = torch.arange(G * K)
+        self.finished.zero_()
+        self.t.zero_()
+        sizes = tuple(G * k for k in self.kinds)
+        P = self._prefill(prompts, sizes)
+        for t in range(1, T):
+            if t % self.check_every == 0:
+                finished = self.finished[: sum(sizes)].tolist()
+                left = (finished[: sizes[0]].count(False), finished[sizes[0] :].count(False))
+                if not any(left):
+                    break
+                sizes = self._shrink(sizes, left, P + t)
+            self._advance(sizes, round_up(P + t, self.granule))
+        replies = [[i for i in reply if i >= 0] for reply in self.tokens[: G * K].tolist()]
+        return [[replies[order.index(k) * G + g] for k in range(K)] for g in range(G)]
+
+    def _prefill(self, prompts, sizes) -> int:
+        """Run each prompt once, copy its cache to its rows, draw the first tokens; returns the padded prompts' length P."""
+        ids, mask = left_pad(prompts, self.token.device)  # (G, P)
+        G, P = ids.shape
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with adapter_switch(member):
-            out = backbone(member)(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
-            layer.repeat_and_reserve(repeats, T)
-        return cache, out.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
+        last = []
+        for i, member in enumerate(self.members):
+            K = sum(sizes) // G if i == 0 else self.kinds[0]
+            hidden = []
+            for start in range(0, G, max(1, PREFILL_TOKENS // P)):
+                part = slice(start, start + max(1, PREFILL_TOKENS // P))
+                cache = transformers.DynamicCache()
+                with adapter_switch(member):
+                    out = backbone(member)(
+                        input_ids=ids[part],
+                        attention_mask=mask[part],
+                        position_ids=positions[part],
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                hidden.append(out.last_hidden_state[:, -1])
+                if self.caches[i] is None:
+                    rows = sum(self.full) if i == 0 else self.full[0]
+                    shape = lambda x: (rows, x.shape[1], self.L, x.shape[3])  # noqa: B023, E731
+                    layers = [_StaticLayer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place) for old in cache.layers]
+                    self.caches[i] = transformers.Cache(layers=layers)
+                for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
+                    for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
+                        buffer[: K * G].unflatten(0, (K, G))[:, part, :, :P] = new
+            last.append(torch.cat(hidden).repeat(K, 1))  # (K·G, D)
+        blocked = torch.finfo(self.mask.dtype).min
+        self.mask.fill_(blocked)
+        K = sum(sizes) // G
+        self.mask[: K * G].view(K, G, self.L)[:, :, :P] = (1 - mask).to(self.mask.dtype) * blocked
+        self.position[: K * G] = mask.sum(1).repeat(K)
+        self.place.fill_(P)
+        self._draw(sizes, last)
+        return P
 
-    def forward(member, cache, token, rows, t):
-        """One more token (R,) for `rows`; returns their hidden states (R, D)."""
-        with adapter_switch(member):
-            out = backbone(member)(
-                input_ids=token[:, None],
-                attention_mask=full_mask[rows, : P + t + 1],
-                position_ids=(lengths[rows] + t)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return out.last_hidden_state[:, -1]
+    def _advance(self, sizes, length: int) -> None:
+        """One step: a shape of the batch runs as it is when first met, which warms it up, and from the second time on as a graph."""
+        shape = (*sizes, length)
+        if self.decoding == "eager":
+            self._step(sizes, length)
+        elif shape in self.graphs:
+            self.graphs[shape]()
+        else:
+            self._wait()
+            start = time.perf_counter()
+            if shape not in self.seen:
+                self.seen.add(shape)
+                self._step(sizes, length)
+                self._wait()
+            else:
+                self.graphs[shape] = self._capture(lambda: self._step(sizes, length))
+            self.warmup_seconds += time.perf_counter() - start
+            if shape in self.graphs:
+                self.graphs[shape]()
 
-    cache, hidden = prefill(model, K)
-    if reference is not None:
-        reference_cache, reference_hidden = prefill(reference, K - unmixed)
-    full_mask = torch.cat([mask.repeat_interleave(K, 0), mask.new_ones(G * K, T)], 1)  # (G*K, P+T)
-    lengths = mask.sum(1).repeat_interleave(K)  # (G*K,)
-    tokens = torch.full((G * K, T), -1, dtype=torch.long, device=device)
-    finished = torch.zeros(G * K, dtype=torch.bool, device=device)
-    check_every = 1 if device.type == "cpu" else 8
-    for t in range(T):
-        logprobs = next_logprobs(model, hidden, temperature)  # (R, V)
-        if reference is not None:
-            of_policy, of_reference = logprobs[mixed], next_logprobs(reference, reference_hidden, temperature)
-            counts["agree"] += ((of_policy.argmax(-1) == of_reference.argmax(-1)) & ~finished[mixed]).sum()
-            counts["drawn"] += (~finished[mixed]).sum()
-            logprobs[mixed] = F.log_softmax((1 - beta) * of_policy + beta * of_reference, -1)
-        token = logprobs.argmax(-1) if temperature == 0 else _draw(logprobs, uniforms[rows, t], top_p)  # (R,)
-        tokens[rows, t] = torch.where(finished, -1, token)
-        finished = finished | torch.isin(token, ends_tensor)
-        if t == T - 1:
-            break
-        if (t + 1) % check_every == 0:
-            active = ~finished
-            left = int(active.sum())
-            if left == 0:
+    def _wait(self) -> None:
+        if self.token.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _capture(self, step: Callable) -> Callable:
+        """Record `step`, without running it, as a CUDA graph; returns what replays it."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"this model's decode step cannot be captured as a CUDA graph ({error}). Use --decoding eager.") from error
+        self.pool = graph.pool()  # graphs run one after the other: they share the memory of their intermediate results
+        return graph.replay
+
+    def _step(self, sizes, length: int) -> None:
+        """Feed every row's last token and draw its next: only kernels on tensors that stay where they are."""
+        rows = (sum(sizes), sizes[0])
+        self.mask[: rows[0]].index_fill_(3, self.place, 0.0)
+        last = []
+        for member, forward, cache, n in zip(self.members, self.forwards, self.caches, rows, strict=False):
+            if n == 0:  # every row of the mixture has finished
                 break
-            if left <= 0.9 * len(rows):  # copying the caches costs; a few idle rows cost less
-                if reference is not None:
-                    for layer in reference_cache.layers:
-                        layer.batch_select_indices(active[mixed].nonzero()[:, 0])
-                for layer in cache.layers:
-                    layer.batch_select_indices(active.nonzero()[:, 0])
-                rows, token, finished, mixed = rows[active], token[active], finished[active], mixed[active]
-        hidden = forward(model, cache, token, rows, t)
-        if reference is not None:
-            reference_hidden = forward(reference, reference_cache, token[mixed], rows[mixed], t)
-    return [[i for i in row if i >= 0] for row in tokens.tolist()]
+            for layer in cache.layers:
+                layer.look_at(n, length)
+            with adapter_switch(member), _attention_of_one_token(member):
+                out = forward(
+                    input_ids=self.token[:n, None],
+                    attention_mask=self.mask[:n, :, :, :length],
+                    position_ids=self.position[:n, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            last.append(out.last_hidden_state[:, -1])
+        self.place += 1
+        self.position += 1
+        self._draw(sizes, last)
+
+    def _draw(self, sizes, last: list[torch.Tensor]) -> None:
+        """Each row's next token from the members' last hidden states, (R, D) and, of the mixed rows, (M, D)."""
+        R, M = sum(sizes), sizes[0]
+        row, active = self.row[:R], ~self.finished[:R]
+        logprobs = next_logprobs(self.members[0], last[0], self.temperature)  # (R, V)
+        if M:
+            of_policy, of_reference = logprobs[:M], next_logprobs(self.members[1], last[1], self.temperature)
+            agree = (of_policy.argmax(-1) == of_reference.argmax(-1)) & active[:M]
+            self.agreement += torch.stack([agree.sum(), active[:M].sum()])
+            logprobs[:M] = F.log_softmax((1 - self.beta) * of_policy + self.beta * of_reference, -1)
+        token = logprobs.argmax(-1) if self.temperature == 0 else _inverse_cdf(logprobs, self.uniforms[row, self.t], self.top_p)
+        self.tokens[row, self.t] = token.masked_fill(~active, -1)
+        self.token[:R] = token
+        self.finished[:R] |= (token[:, None] == self.ends).any(1)
+        self.t += 1
+
+    def _shrink(self, sizes, left, used: int) -> tuple[int, int]:
+        """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that remain."""
+        smaller = left
+        if self.decoding != "eager":
+            share = min(s for s in LADDER if all(math.ceil(f * s) >= n for f, n in zip(self.full, left, strict=True)))
+            smaller = tuple(min(n, math.ceil(f * share)) for f, n in zip(self.full, sizes, strict=True))
+        if sum(smaller) > 0.9 * sum(sizes):  # copying the caches costs; a few idle rows cost less
+            return sizes
+        M, n = sizes[0], sum(sizes)
+        first = lambda finished, count: finished.byte().argsort(stable=True)[:count]  # unfinished ones, in their order  # noqa: E731
+        keep = torch.cat([first(self.finished[:M], smaller[0]), M + first(self.finished[M:n], smaller[1])])
+        for state in (self.row, self.token, self.position, self.finished, self.mask):
+            state[: len(keep)] = state[keep]
+        for cache, rows in zip(self.caches, (keep, keep[: smaller[0]]), strict=False):
+            for buffer in (buffer for layer in cache.layers for buffer in layer.buffers):
+                buffer[: len(rows), :, :used] = buffer[rows, :, :used]
+        return smaller
 
 
 def next_logprobs(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -859,7 +1066,7 @@ def next_logprobs(model, hidden: torch.Tensor, temperature: float) -> torch.Tens
     return F.log_softmax(_head_logits(hidden, *head(model)).float().div_(temperature or 1.0), -1)
 
 
-def _draw(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch.Tensor:
+def _inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch.Tensor:
     """Inverse-CDF draw: (R, V) log-probs and (R,) uniforms in [0, 1) to (R,) token ids."""
     probs = logprobs.exp()
     if top_p < 1.0:

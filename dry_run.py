@@ -127,7 +127,7 @@ def activation_bytes(config, item: int, checkpointing: bool) -> int:
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on `device`; None where that cannot be asked."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return common.free_memory(device)
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024

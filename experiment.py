@@ -169,10 +169,10 @@ def advice_when_out_of_memory(args):
 
 def check_common(args) -> None:
     """The checks every script shares. Raises `UserError` naming flag and value."""
-    positive = ("batch_size", "max_new_tokens", "max_prompt_length", "eval_prompts", "micro_batch_tokens", "sample_rows")
+    positive = ("batch_size", "max_new_tokens", "max_prompt_length", "eval_prompts", "micro_batch_tokens")
     for name in positive:
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    for name in ("temperature", "weight_decay", "max_grad_norm", "lora_rank", "save_every"):
+    for name in ("temperature", "weight_decay", "max_grad_norm", "lora_rank", "save_every", "sample_rows"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}.")
     require(0 < args.top_p <= 1, f"--top-p must lie in (0, 1], got {args.top_p}.")
     require(0 <= args.warmup_ratio <= 1, f"--warmup-ratio must lie in [0, 1], got {args.warmup_ratio}.")
@@ -266,6 +266,12 @@ class Run:
         """Count a batch's tokens in a phase, and how much of it was padding."""
         self.add_tokens(name, batch.tokens, batch.scored)
         self.padding += Counter(places=batch.input_ids.numel(), tokens=batch.tokens)
+
+    def set_apart(self, name: str, part: str, seconds: float) -> None:
+        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per second."""
+        if seconds:
+            self.phases[name]["seconds"] -= seconds
+            self.phases[part]["seconds"] += seconds
 
     def throughput(self) -> dict[str, float]:
         """Tokens per second by phase, since the start (or the resume)."""
@@ -475,7 +481,13 @@ def evaluate(
     Both orders are asked of a judge without a scalar.
     """
     args, device = run.args, common.head(policy)[0].device
-    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows)
+    settings = dict(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_rows=args.sample_rows,
+        decoding=args.decoding,
+    )
     seed = common.derive_seed("evaluation", 0)
     replies, texts = {}, {}
     for name, model in (("start", start), ("policy", policy)):

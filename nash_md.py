@@ -138,7 +138,9 @@ class Args:
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 64
-    """Replies decoded at once."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
+    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as graphs; auto is graphs on CUDA."""
 
 
 TLDR = Args(  # the paper's task, for a hub policy of one billion weights
@@ -156,7 +158,7 @@ TLDR = Args(  # the paper's task, for a hub policy of one billion weights
     batch_size=32,
     micro_batch_tokens=16_384,
     save_every=500,
-    sample_rows=128,
+    sample_rows=0,
 )
 RECIPES = {
     "smollm2-135m": Args(),
@@ -264,8 +266,15 @@ def main(args: Args) -> None:
     ends = common.end_tokens(policy, tokenizer)
     policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     reference = common.starting_model(policy, args.model, dtype, device, attention)
+    rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens)
+    args = replace(args, sample_rows=rows_at_once)
     sampling = dict(
-        ends=ends, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows
+        ends=ends,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_rows=args.sample_rows,
+        decoding=common.resolve_decoding(args.decoding, device),
     )
 
     run = Run("nash_md", args, len(batches))
@@ -349,8 +358,9 @@ def collect(args, indices, seed, rows, prompts, policy, reference, ema, tokenize
         else:
             own = common.sample(policy, chosen_prompts, completions=K, seed=seed, stats=stats, **sampling)
             with ema.in_place_of_policy() if ema else contextlib.nullcontext():
-                others = [group[0] for group in common.sample(policy if ema else reference, chosen_prompts, seed=seed + 1, **sampling)]
-            stats["tokens"] += sum(map(len, others))
+                rival = policy if ema else reference
+                others = [group[0] for group in common.sample(rival, chosen_prompts, seed=seed + 1, stats=stats, **sampling)]
+    run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
     run.add_tokens("sampling", stats["tokens"])
 
     with run.phase("judging"):

@@ -140,7 +140,9 @@ class Args:
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
-    """Replies decoded at once."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
+    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as graphs; auto is graphs on CUDA."""
 
 
 PAPER = Args(  # what the three recipes of the paper's code share
@@ -162,7 +164,7 @@ PAPER = Args(  # what the three recipes of the paper's code share
     micro_batch_tokens=8192,
     gradient_checkpointing=True,
     save_every=50,
-    sample_rows=128,
+    sample_rows=0,
 )
 RECIPES = {
     "smollm2-135m": Args(),
@@ -233,8 +235,15 @@ def main(args: Args) -> None:
     ends = common.end_tokens(policy, tokenizer)
     policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     reference = common.starting_model(policy, args.model, dtype, device, attention) if args.exploration == "xpo" else None
+    rows_at_once = common.choose_sample_rows(args.sample_rows, [policy], args.max_prompt_length + args.max_new_tokens)
+    args = replace(args, sample_rows=rows_at_once)
     sampling = dict(
-        ends=ends, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, max_rows=args.sample_rows
+        ends=ends,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_rows=args.sample_rows,
+        decoding=common.resolve_decoding(args.decoding, device),
     )
 
     run = Run("selm", args, steps)
@@ -380,15 +389,18 @@ def collect(args, this: Round, rows, prompts, policy, reference, tokenizer, samp
     chosen_rows = [rows[i] for i in this.prompts]
     ends, longest = sampling["ends"], sampling["max_new_tokens"]
     seed = common.derive_seed(args.seed, this.iteration, this.prompts.start)
-    quiet = args.exploration == "xpo"
+    quiet, stats = args.exploration == "xpo", {}
     candidates: list[list[list[int]]] = [[] for _ in chosen_rows]
     if not this.offline:
         with run.phase("sampling"):
             bar = None if quiet else f"iteration {this.iteration}: sampling"
-            candidates = common.sample(policy, chosen_prompts, completions=args.samples_per_prompt, seed=seed, progress=bar, **sampling)
+            candidates = common.sample(
+                policy, chosen_prompts, completions=args.samples_per_prompt, seed=seed, stats=stats, progress=bar, **sampling
+            )
             if args.exploration == "xpo":
-                theirs = common.sample(reference, chosen_prompts, completions=1, seed=seed + 1, **sampling)
+                theirs = common.sample(reference, chosen_prompts, completions=1, seed=seed + 1, stats=stats, **sampling)
                 candidates = [[*ours[:1], *other] for ours, other in zip(candidates, theirs, strict=True)]
+        run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
         run.add_tokens("sampling", sum(len(c) for group in candidates for c in group))
     own = len(candidates[0])
     if args.offline_responses or this.offline:

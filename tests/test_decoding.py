@@ -1,0 +1,248 @@
+"""The decode step as a GPU runs it, checked without one: recorded once, then replayed with every number of the host frozen."""
+
+import contextlib
+import functools
+import json
+
+import pytest
+import tiny
+import torch
+import transformers
+from running import start
+from test_sampling import END, PROMPTS, V, replay
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import common
+import experiment
+import selm
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal", "_unique2"}  # or copy from the host
+
+
+class Recorder(TorchDispatchMode):
+    """Records every kernel with the tensors it worked on; refuses those for which a GPU's host would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        assert kernel.overloadpacket.__name__ not in WAITS, f"{kernel} waits for the device"
+        if kernel.overloadpacket.__name__.startswith("index"):
+            assert not any(
+                x.dtype == torch.bool for x in torch.utils._pytree.tree_leaves(args[1:]) if isinstance(x, torch.Tensor) and x.ndim
+            )
+        out = kernel(*args, **(kwargs or {}))
+        self.calls.append((kernel, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        """The same kernels again, on the same tensors; intermediate results are computed anew."""
+        now = {}
+        for kernel, args, kwargs, out in self.calls:
+            new = lambda x: now.get(id(x), x)  # noqa: E731
+            result = kernel(*tree_map_only(torch.Tensor, new, args), **tree_map_only(torch.Tensor, new, kwargs))
+            for old, fresh in zip(*(torch.utils._pytree.tree_leaves(x) for x in (out, result)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    now[id(old)] = fresh
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Decoding by recorded steps, and the list of what was recorded."""
+    recorders = []
+
+    def capture(self, step):
+        state = [self.row, self.token, self.position, self.finished, self.mask, self.place, self.t, self.tokens, self.agreement]
+        state += [buffer for cache in self.caches for layer in cache.layers for buffer in layer.buffers]
+        before = [x.clone() for x in state]
+        recorders.append(Recorder())
+        with recorders[-1]:
+            step()
+        for x, kept in zip(state, before, strict=True):
+            x.copy_(kept)  # capturing does not run the step
+        return recorders[-1].replay
+
+    monkeypatch.setattr(common._Decoder, "_capture", capture)
+    monkeypatch.setattr(common, "resolve_decoding", lambda decoding, device: decoding if decoding != "auto" else "eager")
+    return recorders
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny.model(V, seed=1), tiny.model(V, seed=2)
+
+
+def lora_pair(world):
+    """A LoRA policy whose adapter has moved, and its reference."""
+    policy = common.make_trainable(common.load_model(f"{world}/model", torch.float32, torch.device("cpu")), 4, 8, False)
+    torch.manual_seed(0)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    return policy, common.LoraReference(policy)
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+@pytest.mark.parametrize("case", ["one model", "mixture", "mixture beside unmixed", "lora mixture", "greedy", "top-p"])
+def test_recorded_steps_draw_the_same_tokens(models, world, graphs, monkeypatch, case, every):
+    policy, reference = lora_pair(world) if "lora" in case else models
+    settings = dict(completions=5, max_new_tokens=30, seed=5, max_rows=25)
+    if "mixture" in case:
+        settings["mixture"] = (reference, 0.3)
+    settings |= {"mixture beside unmixed": {"unmixed": 2}, "greedy": {"temperature": 0}, "top-p": {"top_p": 0.8}}.get(case, {})
+    prompts = [*PROMPTS, [6, 6, 6, 6, 6, 7, 8], [11], [12, 4, 5]]
+    plain, ours = {}, {}
+    expected = common.sample(policy, prompts, [END, 7], stats=plain, **settings)
+    monkeypatch.setitem(common.CHECK_EVERY, "cpu", every)
+    assert common.sample(policy, prompts, [END, 7], stats=ours, decoding="graphs", **settings) == expected
+    assert graphs and sum(len(recorder.calls) for recorder in graphs) > 100
+    assert plain.pop("warmup_seconds") == plain.pop("warmup_steps") == 0 < ours.pop("warmup_seconds")
+    assert ours.pop("warmup_steps") >= len(graphs)
+    assert ours == plain
+
+
+def test_a_compiled_step_is_one_graph_and_draws_the_same_tokens(models, graphs, monkeypatch):
+    """Without a code generator, which tests need not have: what `torch.compile` makes of Python is what could go wrong here."""
+    compile_step = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_step)
+    monkeypatch.setattr(common._Decoder, "_capture", lambda self, step: step)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = dict(completions=5, max_new_tokens=8, seed=5, mixture=(models[1], 0.3), unmixed=2)
+    expected = common.sample(models[0], PROMPTS, [END, 7], **settings)
+    assert common.sample(models[0], PROMPTS, [END, 7], decoding="compiled", **settings) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for both models and every batch shape
+
+
+def test_rows_that_finished_leave_the_batch(models, graphs, monkeypatch):
+    """Batches get smaller down the ladder, and a batch of which every row has finished stops."""
+    monkeypatch.setitem(common.CHECK_EVERY, "cpu", 2)
+    shapes = []
+    step = common._Decoder._step
+    monkeypatch.setattr(common._Decoder, "_step", lambda self, sizes, length: (shapes.append(sum(sizes)), step(self, sizes, length))[1])
+    prompts = [[5, 6, 7]] * 64
+    replies = common.sample(models[0], prompts, [END, 7, 8, 9, 10, 11], max_new_tokens=200, seed=0, decoding="graphs")
+    longest = max(len(group[0]) for group in replies)
+    assert longest < 60  # so that 200 was not needed
+    assert shapes[0] == 64 and shapes[-1] <= 8 and set(shapes) <= {64, 48, 32, 24, 16, 12, 8, 4}
+
+
+def test_prompts_prefilled_in_parts(models, monkeypatch):
+    settings = dict(completions=3, max_new_tokens=8, seed=5, mixture=(models[1], 0.4))
+    whole = common.sample(models[0], PROMPTS, [END], **settings)
+    monkeypatch.setattr(common, "PREFILL_TOKENS", 8)
+    assert common.sample(models[0], PROMPTS, [END], **settings) == whole
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradient_checkpointing_does_not_cost_the_cache(world, rank):
+    """transformers drops the cache in training mode with checkpointing on, and the next token would see no prompt."""
+    device = torch.device("cpu")
+    plain = common.load_model(f"{world}/model", torch.float32, device)
+    expected = common.sample(plain, PROMPTS, [END], max_new_tokens=8, seed=1)
+    policy = common.make_trainable(common.load_model(f"{world}/model", torch.float32, device), rank, 8, gradient_checkpointing=True)
+    assert common.sample(policy, PROMPTS, [END], max_new_tokens=8, seed=1) == expected
+    assert common.base_model(policy).training  # as before
+
+
+SHAPE = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    pad_token_id=0,
+)
+FAMILIES = {
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=14)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=14, attn_logit_softcapping=1.0, query_pre_attn_scalar=8
+        )
+    ),
+    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=16)),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**SHAPE, num_key_value_heads=4, sliding_window=14)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SHAPE)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)),
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_against_no_cache(graphs, family, implementation):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # sharp attention, distributions far from uniform
+            sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "query_key_value", "embed", "lm_head"))
+            weight.mul_(25 if sharp else 4)
+    with contextlib.suppress(ValueError):  # a family without sdpa keeps eager
+        model.set_attn_implementation(implementation)
+    uniforms = torch.rand(len(PROMPTS) * 2, 8, generator=torch.Generator().manual_seed(5)).view(len(PROMPTS), 2, 8)
+    expected = [[replay(model, prompt, uniforms[i, k], 8) for k in range(2)] for i, prompt in enumerate(PROMPTS)]
+    for decoding in ("eager", "graphs"):
+        assert common.sample(model, PROMPTS, [END], completions=2, max_new_tokens=8, seed=5, decoding=decoding) == expected
+    assert model.config._attn_implementation in ("sdpa", "eager")  # as before
+
+
+def test_a_sliding_window_that_would_bind_is_refused(models):
+    model = FAMILIES["mistral"]()
+    with pytest.raises(common.UserError, match="15 tokens are longer than its attention's sliding window of 14"):
+        common.sample(model, PROMPTS, [END], max_new_tokens=9, seed=0)
+    with pytest.raises(common.UserError, match="sliding window"):
+        common.choose_sample_rows(8, [model], 15)
+    models[0].config.layer_types = ["full_attention", "linear_attention"]
+    try:
+        with pytest.raises(common.UserError, match="layers of type linear_attention"):
+            common.sample(models[0], PROMPTS, [END], max_new_tokens=4, seed=0)
+    finally:
+        models[0].config.layer_types = None
+
+
+def test_graphs_need_cuda(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        start(selm, *flags, "--decoding=graphs", "--run-name=x")
+    assert stop.value.code == 2 and "--decoding graphs needs a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
+    """The formula's bytes for a row are those of the caches and logits that a row has."""
+    policy, reference = models
+    assert common.choose_sample_rows(0, [policy], 40) == 64 and common.choose_sample_rows(5, [policy], 40) == 5
+    layers, heads, width = 2, 2, 8
+    row = 2 * (2 * layers * heads * width * 40 * 4 + 24 * V)
+    fixed = common.PREFILL_TOKENS * 4 * (32 + 64) * 4
+    monkeypatch.setattr(common, "free_memory", lambda device: (fixed + 100 * row) / 0.85 + 1)
+    policy.requires_grad_(False)
+    # room for 100 rows; 96 is a multiple of 8
+    assert common.choose_sample_rows(0, [policy, reference], 40) == 96
+    decoder = common._Decoder([policy, reference], 0.5, 0, 4, 1, 33, 8, [END], 1.0, 1.0, "eager")
+    decoder.decode(PROMPTS, torch.zeros(4, 1, 8))
+    buffers = [b for cache in decoder.caches for layer in cache.layers for b in layer.buffers]
+    places = buffers[0].shape[2]
+    assert sum(b.numel() * 4 for b in buffers) == 4 * (row - 2 * 24 * V) * places // 40
+    policy.requires_grad_(True)
+    assert common.choose_sample_rows(0, [policy, reference], 40) < 96  # room for the optimiser
+
+
+def test_the_choice_is_stored_and_kept(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "free_memory", lambda device: 400e6)
+    chosen = []
+    plain = common.choose_sample_rows
+    monkeypatch.setattr(common, "choose_sample_rows", lambda *a: (chosen.append(plain(*a)), chosen[-1])[1])
+    start(selm, *flags, "--sample-rows=0", "--num-prompts=8", "--iterations=1", "--run-name=x")
+    assert json.loads((tmp_path / "x" / "args.json").read_text())["args"]["sample_rows"] == chosen[0] > 64
+    monkeypatch.setattr(common, "free_memory", lambda device: 1)
+    assert experiment.saved_args(selm.Args, tmp_path / "x").sample_rows == chosen[0]
+
+
+def test_warmup_does_not_blur_tokens_per_second():
+    run = experiment.Run("selm", selm.Args(), 1)
+    run.phases["sampling"]["seconds"] = 3.0
+    run.add_tokens("sampling", 100)
+    run.set_apart("sampling", "decoder warm-up", 1.0)
+    assert run.throughput() == {"tokens_per_second/sampling": 50.0} and run.phases["decoder warm-up"]["seconds"] == 1.0
