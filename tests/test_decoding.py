@@ -144,7 +144,7 @@ def test_gradient_checkpointing_does_not_cost_the_cache(world, rank):
     expected = common.sample(plain, PROMPTS, [END], max_new_tokens=8, seed=1)
     policy = common.make_trainable(common.load_model(f"{world}/model", torch.float32, device), rank, 8, gradient_checkpointing=True)
     assert common.sample(policy, PROMPTS, [END], max_new_tokens=8, seed=1) == expected
-    assert common.base_model(policy).training  # as before
+    assert not common.base_model(policy).training  # `completion_logprobs` alone enters training mode, where a gradient is wanted
 
 
 SHAPE = dict(
