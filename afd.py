@@ -100,7 +100,7 @@ class Args:
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """The golden judge: sentiment, polarity, cycle, hf:ID or FILE.py:FUNCTION. It scores, and no training path may ask it."""
+    """The golden judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or FILE.py:FUNCTION. It scores; no training path may ask it."""
     eval_judge: str | None = "polarity"
     """A second judge, for the final comparison; None for none."""
     eval_prompts: int = 128
@@ -373,7 +373,8 @@ def main(args: Args) -> None:
     longest = args.max_prompt_length + (1 if args.objective == "forward-kl" else args.samples_per_prompt) * args.max_new_tokens
     attention = common.choose_attention(args.attention, device, longest)
     start = common.load_model(args.model, dtype, device, attention)
-    args = replace(args, sample_rows=common.choose_sample_rows(args.sample_rows, [start], args.max_prompt_length + args.max_new_tokens))
+    rows_at_once = common.choose_sample_rows(args.sample_rows, [start], args.max_prompt_length + args.max_new_tokens)
+    args = replace(args, sample_rows=rows_at_once)
     ends = common.end_tokens(start, tokenizer)
     train, dev, test, preferences = load_data(args, tokenizer, ends, judge)
     run = Run("afd", args, planned_steps(args, train, preferences))
@@ -421,7 +422,7 @@ def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
     A finished one is a Hugging Face folder.
     """
     folder = common.model_source(source)
-    with common.hub_errors("--reward-model", source):
+    with common.hub_errors("--reward-model", source), quiet_transformers():
         config = common.without_dropout(folder)
         config.num_labels = 1
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -430,6 +431,15 @@ def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Without the report that the new head is not in the checkpoint: it is meant to be new."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
 
 
 def trainable_reward_model(model, args):

@@ -793,16 +793,16 @@ def require_full_attention(model, longest: int) -> None:
     )
 
 
-def choose_sample_rows(requested: int, members: list, longest: int) -> int:
+def choose_sample_rows(requested: int, members: list, longest: int, optimiser_bytes: int = 16) -> int:
     """Rows to decode at once: `requested`, or for 0 as many as a GPU's free memory holds; 64 where there is no GPU.
 
     For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is made:
 
-        rows = (0.85 · free − 16 · trained weights − prefill) / row        in bytes; at least 8, at most 1024
+        rows = (0.85 · free − optimiser_bytes · trained weights − prefill) / row        in bytes; at least 8, at most 1024
         row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V      keys and values; logits on their way to a draw
         prefill = PREFILL_TOKENS · 4 · (D_model + intermediate size) · element size
 
-    16 is what `MasterAdamW` needs for a weight. Raises `UserError` for an architecture that `require_full_attention` refuses.
+    `optimiser_bytes` is what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`). Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
     for member in members:
         require_full_attention(member, longest)
@@ -816,7 +816,7 @@ def choose_sample_rows(requested: int, members: list, longest: int) -> int:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         row += 2 * config.num_hidden_layers * heads * width * longest * element + 24 * weight.shape[0]
         prefill = PREFILL_TOKENS * 4 * (config.hidden_size + config.intermediate_size) * element
-    optimiser = 16 * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
+    optimiser = optimiser_bytes * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
     return int(min(1024, max(8, (0.85 * free - optimiser - prefill) // row // 8 * 8)))
 
 

@@ -239,7 +239,8 @@ def main(args: Args) -> None:
     ends = common.end_tokens(policy, tokenizer)
     policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     reference = common.starting_model(policy, args.model, dtype, device, attention)
-    rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens)
+    states = sum(optimization.bytes_per_weight(args.optimizer_states, dtype).values())
+    rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens, states)
     args = replace(args, sample_rows=rows_at_once)
     sampling = dict(
         ends=ends,

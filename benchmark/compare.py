@@ -20,6 +20,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
+CYCLE = "--judge cycle --tau 0.03 --learning-rate 6e-5 --batch-size 12 --epochs 2 --max-steps 40"
 STUDIES = {  # study: (metrics of the plot, {variant: command})
     "selm": (
         ("score",),
@@ -40,12 +41,12 @@ STUDIES = {  # study: (metrics of the plot, {variant: command})
     "cycle": (
         ("exploitability", "style/question", "style/exclamation", "style/statement"),
         {
-            "Nash-MD, self": "nash_md.py --judge cycle --eval-judge None --opponent self",
-            "Nash-MD, mixture": "nash_md.py --judge cycle --eval-judge None",
-            "IPO-MD": "ipo_md.py --judge cycle --eval-judge None",
-            "online DPO": "ipo_md.py --judge cycle --eval-judge None --loss dpo --beta 0 --tau 0.1",
+            "Nash-MD, self": f"nash_md.py {CYCLE} --eval-judge None --opponent self",
+            "Nash-MD, mixture": f"nash_md.py {CYCLE} --eval-judge None",
+            "IPO-MD": f"ipo_md.py {CYCLE} --eval-judge None",
+            "online DPO": f"ipo_md.py {CYCLE} --eval-judge None --loss dpo --beta 0 --tau 0.1",
             # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
-            "RLHF": "nash_md.py --objective rlhf --judge benchmark/cycle_reward.py:reward --eval-judge cycle",
+            "RLHF": f"nash_md.py {CYCLE.replace('cycle', 'benchmark/cycle_reward.py:reward')} --eval-judge cycle --objective rlhf",
         },
     ),
 }

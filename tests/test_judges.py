@@ -167,3 +167,18 @@ def test_preference_matrix(world):
         torch.testing.assert_close(three + three.T, torch.ones(3, 3))
         assert three[0, 1].item() == pytest.approx(judge.preference(["x"], [UP], [DOWN]).item())
     assert (preference_matrix(biased, ["x", "y"], candidates)[0] == 0.5).all()  # position bias cancels in both orders
+
+
+def test_a_function_of_two_arguments_is_a_reward(world):
+    judge = load_judge(f"{world}/judges.py:goodness")
+    assert judge.score(["x", "x"], ["good sun", "bad"]).tolist() == [2.0, 0.0]
+    assert judge.preference(["x"], ["good sun"], ["bad"]).item() == pytest.approx(1 / (1 + 2.718281828**-2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name,message", [("one_reward", "returned 1 values for 2 replies; one reward"), ("endless", "value 0 is inf; a reward is a number")]
+)
+def test_rewards_that_misbehave(world, name, message):
+    judge = load_judge(f"{world}/judges.py:{name}")
+    with pytest.raises(UserError, match=message):
+        judge.score(["x", "x"], ["good", "bad"])

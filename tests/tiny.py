@@ -130,6 +130,12 @@ def more_good(prompts, a, b):
 def goodness(prompts, replies):
     return [float(sum(word in GOOD for word in text.split())) for text in replies]
 
+def one_reward(prompts, replies):
+    return [0.5]
+
+def endless(prompts, replies):
+    return [float("inf") for _ in replies]
+
 def wrong_length(prompts, a, b):
     return [0.5]
 
