@@ -199,7 +199,7 @@ def test_pairs_are_read_without_their_end_and_at_equal_lengths():
         ["--objective=forward-kl", "--epochs=6"],
         ["--objective=reverse-kl", "--epochs=1", "--policy-steps=30", "--replay=0.25"],
         ["--objective=js", "--epochs=1", "--policy-steps=30", "--discriminator-updates=2"],
-        ["--objective=irl", "--epochs=3", "--policy-epochs=3"],
+        ["--objective=irl", "--epochs=3", "--policy-epochs=3", "--reward=reward-model"],
         ["--objective=irl", "--epochs=3", "--reward=log-ratio", "--pairs", "--policy-epochs=3"],
         ["--objective=spin", "--epochs=1", "--policy-epochs=3"],
     ],
