@@ -95,7 +95,7 @@ class Args:
     """Column of the data set that holds the demonstrations, or a file of rows with prompt and response."""
     min_demonstration_score: float | None = 0.8
     """Keep demonstrations that the judge scores at least this (the default task: upbeat human replies); None keeps all."""
-    num_prompts: int | None = 512
+    num_prompts: int | None = 480
     """Demonstrations, one a prompt; None is all of them."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
@@ -128,7 +128,7 @@ class Args:
     """Reward models read replies without the end-of-sequence token."""
     match_lengths: bool = True
     """Reward models are trained on pairs cut to the length of the shorter reply."""
-    reward_prompts: int = 192
+    reward_prompts: int = 128
     """Training prompts on which reward models are trained and Best-of-N is distilled."""
     reward_samples: int = 2
     """Samples of π_0 and of π_SFT for each of these prompts: pairs of a reward model."""
@@ -158,7 +158,7 @@ class Args:
     """Optimiser steps at most in each stage; None takes all. The schedule shortens with it."""
     learning_rate: float = 5e-5
     """Peak learning rate of SFT."""
-    policy_learning_rate: float = 5e-5
+    policy_learning_rate: float = 4e-5
     """Peak learning rate of the policy after SFT: distil, spin, reverse-kl, js."""
     reward_learning_rate: float = 5e-5
     """Peak learning rate of reward models and discriminators."""
@@ -381,6 +381,7 @@ def main(args: Args) -> None:
     rows_at_once = common.choose_sample_rows(args.sample_rows, [start], args.max_prompt_length + args.max_new_tokens)
     args = replace(args, sample_rows=rows_at_once)
     ends = common.end_tokens(start, tokenizer)
+    del start  # every stage loads what it needs: a second's work, and a model less in memory while another trains
     train, dev, test, preferences = load_data(args, tokenizer, ends, judge)
     run = Run("afd", args, planned_steps(args, train, preferences))
     run.create()
@@ -408,10 +409,11 @@ def main(args: Args) -> None:
     elif args.objective in ("reverse-kl", "js"):
         policy = train_adversarial(ctx, sft_source, train)
     else:
-        policy, report = inverse_rl(ctx, start, sft_source, train, dev, test, preferences)
+        policy, report = inverse_rl(ctx, sft_source, train, dev, test, preferences)
         summary |= report
 
     # 4. Compare with the starting model on held-out prompts; save.
+    start = ctx.load(args.model)
     with run.phase("evaluation"):
         summary |= evaluate(run, policy, start, tokenizer, ends, test.rows, test.prompts, judge, eval_judge)
     write_model(run, policy, tokenizer, summary)
@@ -710,10 +712,10 @@ def update_policy(ctx, policy, reference, optimiser, train: Split, chosen, own, 
 # --- inverse RL ----------------------------------------------------------------------------------
 
 
-def inverse_rl(ctx: Context, start, sft_source, train: Split, dev: Split, test: Split, preferences: list[Example]):
+def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, preferences: list[Example]):
     """Reward models from pairs, their Best-of-N report, and the policy that extrapolates. Returns policy and what to add to the summary."""
     args, run = ctx.args, ctx.run
-    sft = ctx.load(sft_source)
+    start, sft = ctx.load(args.model), ctx.load(sft_source)
     part = Split(*(column[: args.reward_prompts] for column in (train.rows, train.prompts, train.demonstrations)))
     M = args.max_n + 1  # one more than the largest subset: the opponent outside it
 
@@ -736,7 +738,7 @@ def inverse_rl(ctx: Context, start, sft_source, train: Split, dev: Split, test: 
             pairs = preferences if oracle and preferences else reward_pairs(ctx, kind, part, own if oracle else learn_from, init)
             source = args.model if args.reward_init == "start" else str(sft_source)
             model = trainable_reward_model(load_reward_model(source, True, ctx.dtype, ctx.device, ctx.attention), args)
-            train_reward_model(ctx, stage, model, pairs)
+            train_reward_model(ctx, stage, model, pairs, len(part.prompts) * args.reward_samples)
             common.save_model(model, ctx.tokenizer, run.folder / stage)
             ctx.finish(stage)
             del model
@@ -784,6 +786,7 @@ def inverse_rl(ctx: Context, start, sft_source, train: Split, dev: Split, test: 
     # 3d. Extrapolate: at serving time by Best-of-N, or now, by DPO of the reward's best against its worst.
     if args.extrapolate == "best-of-n":
         return sft, summary
+    del start, sft, score
     policy = ctx.load_trainable(sft_source)
     best, worst = to_distil.argmax(1).tolist(), to_distil.argmin(1).tolist()
     examples = [
@@ -822,12 +825,10 @@ def reward_pairs(ctx: Context, kind: Pairs, split: Split, own, init) -> list[Exa
     ]
 
 
-def train_reward_model(ctx: Context, stage: str, model, pairs: list[Example]) -> None:
-    """The reward model's `discriminator_loss` on its pairs."""
+def train_reward_model(ctx: Context, stage: str, model, pairs: list[Example], planned: int) -> None:
+    """The reward model's `discriminator_loss` on its pairs, of which the progress bar expected `planned`."""
     args = ctx.args
-    ctx.run.fewer_steps(
-        stage_steps(args, args.reward_prompts * args.reward_samples, args.reward_epochs) - stage_steps(args, len(pairs), args.reward_epochs)
-    )
+    ctx.run.fewer_steps(stage_steps(args, planned, args.reward_epochs) - stage_steps(args, len(pairs), args.reward_epochs))
 
     def loss_of(groups, data):
         scores = reward_scores(model, data)  # (G, 2)

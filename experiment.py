@@ -373,6 +373,7 @@ class Run:
         for name, value in self.throughput().items():
             summary[name] = round(value, 1)
         summary["phase_seconds"] = {name: round(phase["seconds"], 1) for name, phase in self.phases.items()}
+        summary["phase_peak_memory_bytes"] = {name: phase["peak_memory_bytes"] for name, phase in self.phases.items()}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot_curves(self.metrics, curves, self.folder / "curves.png", self.folder.name)
         for name in ("win_rate", "eval_judge_win_rate"):
