@@ -25,10 +25,10 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class Args:
     """forward-kl: SFT. reverse-kl, js: adversarial imitation from π_SFT on. irl: a reward model, then extrapolation. spin: DPO of
     demonstrations against own samples."""
     pairs: tuple[Pairs, ...] = ("init-sft",)
-    """Reward models to train, by their pairs, negative first; all are compared on the same samples, the first one extrapolates."""
+    """Reward models to train, by their pairs, negative first; all are compared on the same samples. --reward reward-model distils the first."""
     preferences: Literal["data", "judge"] = "judge"
     """Where --pairs preference takes its pairs: the data set's chosen and rejected, or the judge's verdict on π_SFT's samples (an
     oracle, for reference only)."""
@@ -143,7 +143,7 @@ class Args:
     iterations: int = 2
     """spin: iterations, each on all demonstrations against new samples of the last iterate."""
     kl: float = 0.02
-    """reverse-kl, js: weight of the KL to π_SFT in the policy's reward."""
+    """reverse-kl, js: weight of the KL to π_SFT in the policy's reward (with --whiten, against advantages of standard deviation 1)."""
     policy_steps: int = 40
     """reverse-kl, js: policy updates."""
     discriminator_updates: int = 1
@@ -233,8 +233,6 @@ RECIPES = {
         HH, model="llama3-8b", dataset="hh-helpful", judge="hf:weqweasdas/RM-Gemma-7B", gradient_checkpointing=True, micro_batch_tokens=8192
     ),
 }
-CURVES = ("sft/loss", "reward-init-sft/loss", "reward-init-sft/accuracy", "distil/loss", "distil/accuracy", "spin/loss")
-CURVES += ("adversarial/reward", "adversarial/discriminator_accuracy", "adversarial/score", "adversarial/kl", "adversarial/length")
 
 
 def discriminator_loss(
@@ -303,8 +301,10 @@ class Context:
     ends: list[int]
     judge: Judge
     run: Run
-    state: dict | None
-    done: list[str]
+    state: dict | None  # the checkpoint, until the stage it belongs to has taken it
+
+    def __post_init__(self):
+        self.done: list[str] = list(self.state["done"]) if self.state else []
 
     def load(self, name: str):
         """A frozen causal language model."""
@@ -319,9 +319,7 @@ class Context:
         file = self.run.folder / "replies" / f"{name}.json"
         if not file.exists():
             replies = self.draw(model, split.prompts, completions, common.derive_seed(self.args.seed, name), f"sampling: {name}")
-            file.parent.mkdir(exist_ok=True)
-            file.with_suffix(".new").write_text(json.dumps(replies))
-            file.with_suffix(".new").replace(file)
+            keep(file, replies)
         return json.loads(file.read_text())
 
     def draw(self, model, prompts, completions: int, seed: int, progress: str | None = None) -> list[list[list[int]]]:
@@ -356,13 +354,21 @@ class Context:
             return 0
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(self.state[key])
-        return self.state["step"]
+        step, self.state = self.state["step"], None
+        return step
 
     def finish(self, stage: str) -> None:
         """Mark a stage as done: a resumed run takes its result from the run folder."""
         self.done.append(stage)
         self.state = None
         self.run.save({"done": self.done, "stage": None, "step": 0})
+
+
+def keep(file: Path, value) -> None:
+    """Write `value` as JSON; the file appears whole or not at all."""
+    file.parent.mkdir(exist_ok=True)
+    file.with_suffix(".new").write_text(json.dumps(value))
+    file.with_suffix(".new").replace(file)
 
 
 def main(args: Args) -> None:
@@ -378,15 +384,14 @@ def main(args: Args) -> None:
     longest = args.max_prompt_length + (1 if args.objective == "forward-kl" else args.samples_per_prompt) * args.max_new_tokens
     attention = common.choose_attention(args.attention, device, longest)
     start = common.load_model(args.model, dtype, device, attention)
-    rows_at_once = common.choose_sample_rows(args.sample_rows, [start], args.max_prompt_length + args.max_new_tokens)
+    rows_at_once = common.choose_sample_rows(args.sample_rows, [start, start], args.max_prompt_length + args.max_new_tokens)
     args = replace(args, sample_rows=rows_at_once)
     ends = common.end_tokens(start, tokenizer)
     del start  # every stage loads what it needs: a second's work, and a model less in memory while another trains
     train, dev, test, preferences = load_data(args, tokenizer, ends, judge)
     run = Run("afd", args, planned_steps(args, train, preferences))
     run.create()
-    state = run.restore()
-    ctx = Context(args, device, dtype, attention, tokenizer, ends, judge, run, state, list(state["done"]) if state else [])
+    ctx = Context(args, device, dtype, attention, tokenizer, ends, judge, run, run.restore())
 
     # 2. SFT: the forward KL.
     sft_source = args.sft_model or run.folder / "sft"
@@ -417,7 +422,8 @@ def main(args: Args) -> None:
     with run.phase("evaluation"):
         summary |= evaluate(run, policy, start, tokenizer, ends, test.rows, test.prompts, judge, eval_judge)
     write_model(run, policy, tokenizer, summary)
-    run.finish(summary, CURVES)
+    curves = [name for row in run.metrics for name in row if name.endswith(("loss", "accuracy", "score", "kl", "length"))]
+    run.finish(summary, tuple(dict.fromkeys(curves)))
 
 
 # --- reward models -----------------------------------------------------------------------------
@@ -426,27 +432,24 @@ def main(args: Args) -> None:
 def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
     """A sequence classifier with one label and no dropout; `fresh` puts a zero head on a causal language model's weights.
 
-    A finished one is a Hugging Face folder.
+    The head is in float32: in bfloat16 the rewards of a prompt's samples would tie. A finished one is a Hugging Face folder.
     """
     folder = common.model_source(source)
-    with common.hub_errors("--reward-model", source), quiet_transformers():
+    level = transformers.logging.get_verbosity()
+    with common.hub_errors("--model" if fresh else "--reward-model", source):
         config = common.without_dropout(folder)
         config.num_labels = 1
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention
-        )
+        transformers.logging.set_verbosity_error()  # no report that the new head is not in the checkpoint
+        try:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attention
+            )
+        finally:
+            transformers.logging.set_verbosity(level)
+    model.score.float()
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
     return model.to(device).eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def quiet_transformers():
-    """Without the report that the new head is not in the checkpoint: it is meant to be new."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def trainable_reward_model(model, args):
@@ -463,8 +466,7 @@ def reward_scores(model, data: common.Batch) -> torch.Tensor:
     hidden = common.completion_hidden(model, data)  # (G, K, T, D)
     last = (data.mask.sum(-1).long() - 1).clamp(min=0)  # (G, K): this position has seen every token but the placeholder
     states = hidden.gather(2, last[:, :, None, None].expand(-1, -1, 1, hidden.shape[-1]))[:, :, 0]  # (G, K, D)
-    score = common.base_model(model).score
-    return score(states)[..., 0].float()
+    return common.base_model(model).score(states.float())[..., 0]
 
 
 def as_read(completion: list[int], ends: list[int], hide_end: bool) -> list[int]:
@@ -575,14 +577,13 @@ def train_sft(ctx: Context, policy, train: Split) -> None:
 def train_dpo(ctx: Context, stage: str, policy, examples: list[Example], epochs: int) -> None:
     """DPO on [chosen, rejected], the reference being the policy as it is when this begins (or began, if resumed)."""
     args = ctx.args
-    file = ctx.run.folder / "replies" / f"{stage}-reference.json"
+    file = ctx.run.folder / "replies" / f"{stage}-pairs.json"
     if not file.exists():
         with ctx.run.phase("reference"):
             columns = [[e.prompt for e in examples], [e.completions for e in examples], [e.temperature for e in examples]]
             sums = common.sequence_logprobs(policy, *columns, ctx.device, 4 * args.micro_batch_tokens, f"{stage}: reference log-probs")
-        file.write_text(json.dumps(sums))
-    for example, reference in zip(examples, json.loads(file.read_text()), strict=True):
-        example.reference = reference
+        keep(file, [asdict(replace(example, reference=row)) for example, row in zip(examples, sums, strict=True)])
+    examples = [Example(**fields) for fields in json.loads(file.read_text())]  # a resumed run trains on the very same pairs
 
     def loss_of(groups, data):
         heat = common.pad_rows([e.temperature for e in groups], 1.0, ctx.device)  # (G, 2)
@@ -678,7 +679,7 @@ def update_discriminator(
         loss = discriminator_loss(positive, negative, args.reward_loss)
         ctx.run.stop_unless_finite(step, loss.item(), [train.rows[groups[i][0]].id for i in part])
         (loss * len(part) / len(groups)).backward()
-        for name, value in {"discriminator_loss": loss.detach(), "discriminator_accuracy": (positive > negative).float().mean()}.items():
+        for name, value in {"discriminator_loss": loss.detach(), "discriminator_accuracy": share_right(positive, negative)}.items():
             total[name] = total.get(name, 0.0) + float(value) * len(part) / len(groups)
     optimiser.step(args.reward_learning_rate * share, args.max_grad_norm)
     return total
@@ -715,27 +716,36 @@ def update_policy(ctx, policy, reference, optimiser, train: Split, chosen, own, 
 def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, preferences: list[Example]):
     """Reward models from pairs, their Best-of-N report, and the policy that extrapolates. Returns policy and what to add to the summary."""
     args, run = ctx.args, ctx.run
-    start, sft = ctx.load(args.model), ctx.load(sft_source)
     part = Split(*(column[: args.reward_prompts] for column in (train.rows, train.prompts, train.demonstrations)))
     M = args.max_n + 1  # one more than the largest subset: the opponent outside it
+    kinds = () if args.reward_model else args.pairs
+    oracle = "preference" in kinds and args.preferences == "judge"
 
     # 3a. Samples: to learn from and distil (training prompts), to choose with (development), to report (test).
-    own = ctx.sample("train-sft", sft, part, args.reward_samples + args.samples_per_prompt)
-    learn_from = [group[: args.reward_samples] for group in own]
-    distil_from = [group[args.reward_samples :] for group in own]  # the reward model has not seen these
-    init = ctx.sample("train-init", start, part, args.reward_samples)
     splits = {"test": test, "dev": dev}
+    start, sft = ctx.load(args.model), ctx.load(sft_source)
+    extra = args.samples_per_prompt if args.extrapolate == "distil" or oracle else 0
+    own = ctx.sample("train-sft", sft, part, args.reward_samples + extra)
+    learn_from = [group[: args.reward_samples] for group in own]
+    distil_from = [group[args.reward_samples :] for group in own]  # only the oracle's training has seen these
+    init = ctx.sample("train-init", start, part, args.reward_samples) if kinds else None
     samples = {name: ctx.sample(f"{name}-sft", sft, split, M) for name, split in splits.items()}
     dev_init = ctx.sample("dev-init", start, dev, args.reward_samples)
+    del start, sft
 
     # 3b. Reward models.
-    folders = {"reward model, given": args.reward_model} if args.reward_model else {}
-    for kind in () if args.reward_model else args.pairs:
+    rewards = {}  # name: (folder, how its pairs were built)
+    if args.reward_model:
+        kind = Path(args.reward_model).name.removeprefix("reward-")
+        rewards[f"reward model, given ({kind})"] = (args.reward_model, kind)
+    for kind in kinds:
         stage = f"reward-{kind}"
-        folders[f"reward model, {kind}"] = run.folder / stage
+        rewards[f"reward model, {kind}" + (" (oracle)" if oracle and kind == "preference" else "")] = (run.folder / stage, kind)
         if stage not in ctx.done:
-            oracle = kind == "preference"
-            pairs = preferences if oracle and preferences else reward_pairs(ctx, kind, part, own if oracle else learn_from, init)
+            if kind == "preference" and args.preferences == "data":
+                pairs = preferences
+            else:
+                pairs = reward_pairs(ctx, kind, part, own if kind == "preference" else learn_from, init)
             source = args.model if args.reward_init == "start" else str(sft_source)
             model = trainable_reward_model(load_reward_model(source, True, ctx.dtype, ctx.device, ctx.attention), args)
             train_reward_model(ctx, stage, model, pairs, len(part.prompts) * args.reward_samples)
@@ -746,28 +756,28 @@ def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, 
     # 3c. Every reward scores the same samples; the judge tells how good its choices are.
     rankers, to_distil = {}, None
     held_out = preference_examples(args, ctx.tokenizer, ctx.ends, test)
-    for name in (*folders, "log-ratio"):
+    for name, (folder, kind) in {**rewards, "log-ratio": (None, "init-sft")}.items():
         with run.phase("scoring"):
-            if name == "log-ratio":
-                score, kind = partial(log_ratios, ctx, sft, start), "init-sft"
+            if folder is None:
+                score = partial(log_ratios, ctx, ctx.load(sft_source), ctx.load(args.model))
             else:
-                model = load_reward_model(str(folders[name]), False, ctx.dtype, ctx.device, ctx.attention)
-                score, kind = partial(rewards_of, ctx, model), name.partition(", ")[2]
+                score = partial(rewards_of, ctx, load_reward_model(str(folder), False, ctx.dtype, ctx.device, ctx.attention))
             ranker = {split: score(splits[split].prompts, replies, progress=f"{name}: {split}") for split, replies in samples.items()}
-            if kind in args.pairs or name == "log-ratio":
-                pairs = held_out if preferences and kind == "preference" else reward_pairs(ctx, kind, dev, samples["dev"], dev_init)
-                ranker["separability"] = accuracy(score, pairs)
-            if held_out:
-                ranker["preference_accuracy"] = accuracy(score, held_out)
-            if args.extrapolate == "distil" and to_distil is None and (args.reward == "reward-model") == (name != "log-ratio"):
+            if kind == "preference" and args.preferences == "data":
+                ranker["separability"] = accuracy(score, held_out)
+            elif kind in get_args(Pairs):
+                ranker["separability"] = accuracy(score, reward_pairs(ctx, kind, dev, samples["dev"], dev_init))
+            ranker["preference_accuracy"] = accuracy(score, held_out)
+            if args.extrapolate == "distil" and to_distil is None and (args.reward == "reward-model") == (folder is not None):
                 to_distil, distilled = score(part.prompts, distil_from, progress=f"{name}: training prompts"), name
             rankers[name] = ranker
+            del score
     texts = {name: [[common.decode(ctx.tokenizer, y) for y in group] for group in replies] for name, replies in samples.items()}
     lengths = {name: torch.tensor([[float(len(y)) for y in group] for group in replies]) for name, replies in samples.items()}
     report = compare_rankers(
         rankers, {name: [row.prompt for row in split.rows] for name, split in splits.items()}, texts, lengths, ctx.judge
     )
-    # The preference reward saw the judge; of those learned from demonstrations alone, the one the development prompts favour is reported.
+    # Preferences are more than demonstrations: of the rewards learned without them, the one the development prompts favour is reported.
     own_rewards = {name: report["rankers"][name] for name in rankers if "preference" not in name}
     favoured = max(own_rewards, key=lambda name: own_rewards[name]["dev"]["win_rate"][-1])
     write_report(report | {"favoured_on_dev": favoured}, run.folder)
@@ -785,8 +795,7 @@ def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, 
 
     # 3d. Extrapolate: at serving time by Best-of-N, or now, by DPO of the reward's best against its worst.
     if args.extrapolate == "best-of-n":
-        return sft, summary
-    del start, sft, score
+        return ctx.load(sft_source), summary
     policy = ctx.load_trainable(sft_source)
     best, worst = to_distil.argmax(1).tolist(), to_distil.argmin(1).tolist()
     examples = [
@@ -794,14 +803,12 @@ def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, 
         for row, prompt, group, b, w in zip(part.rows, part.prompts, distil_from, best, worst, strict=True)
         if group[b] != group[w]
     ]
+    require(bool(examples), f"distil: every sample of a prompt is the same, on all {len(part.prompts)} prompts. Nothing to learn from.")
     run.fewer_steps(stage_steps(args, len(part.prompts), args.policy_epochs) - stage_steps(args, len(examples), args.policy_epochs))
     train_dpo(ctx, "distil", policy, examples, args.policy_epochs)
-    equal = min(args.samples_per_prompt, args.max_n)  # samples a prompt that distil chose from: what Best-of-N gets with as many
-    summary["distil"] = {
-        "reward": distilled,
-        "samples_per_prompt": equal,
-        "best_of_n_score": report["rankers"][distilled]["score"][equal - 1],
-    }
+    equal = min(args.samples_per_prompt, args.max_n)  # what Best-of-N gets with as many samples as distil chose from
+    curve = report["rankers"][distilled]["score"]
+    summary["distil"] = {"reward": distilled, "samples_per_prompt": args.samples_per_prompt, f"best_of_{equal}_score": curve[equal - 1]}
     return policy, summary
 
 
@@ -819,21 +826,20 @@ def reward_pairs(ctx: Context, kind: Pairs, split: Split, own, init) -> list[Exa
             sides = {"init": init[i], "sft": own[i], "demo": [demonstration] * len(init[i])}
             negative, positive = (sides[side] for side in kind.split("-"))
             pairs += [(i, y, y_) for y, y_ in zip(positive, negative, strict=False)]
-    return [
-        Example(split.rows[i].id, split.prompts[i], pair_as_read(positive, negative, ctx.args, ctx.ends), [1.0, 1.0])
-        for i, positive, negative in pairs
-    ]
+    read = [(i, pair_as_read(positive, negative, ctx.args, ctx.ends)) for i, positive, negative in pairs]
+    return [Example(split.rows[i].id, split.prompts[i], pair, [1.0, 1.0]) for i, pair in read if pair[0] != pair[1]]
 
 
 def train_reward_model(ctx: Context, stage: str, model, pairs: list[Example], planned: int) -> None:
     """The reward model's `discriminator_loss` on its pairs, of which the progress bar expected `planned`."""
     args = ctx.args
+    require(bool(pairs), f"{stage}: no pair to learn from: both sides read the same, or the judge ties them all.")
     ctx.run.fewer_steps(stage_steps(args, planned, args.reward_epochs) - stage_steps(args, len(pairs), args.reward_epochs))
 
     def loss_of(groups, data):
         scores = reward_scores(model, data)  # (G, 2)
-        accuracy = (scores[:, 0] > scores[:, 1]).float().mean()
-        return discriminator_loss(scores[:, 0], scores[:, 1], args.reward_loss), {"accuracy": accuracy, "score_std": scores.detach().std()}
+        right = share_right(scores[:, 0], scores[:, 1])
+        return discriminator_loss(scores[:, 0], scores[:, 1], args.reward_loss), {"accuracy": right}
 
     train_stage(ctx, stage, model, pairs, args.reward_epochs, args.reward_learning_rate, loss_of, collate_read)
 
@@ -841,7 +847,12 @@ def train_reward_model(ctx: Context, stage: str, model, pairs: list[Example], pl
 def accuracy(score, pairs: list[Example]) -> float | None:
     """Share of held-out pairs whose positive scores higher."""
     scores = score([e.prompt for e in pairs], [e.completions for e in pairs]) if pairs else torch.zeros(0, 2)  # (B, 2)
-    return (scores[:, 0] > scores[:, 1]).double().mean().item() if pairs else None
+    return share_right(scores[:, 0], scores[:, 1]).item() if pairs else None
+
+
+def share_right(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Share of pairs whose positive scores higher, ties ½."""
+    return ((positive > negative).float() + 0.5 * (positive == negative).float()).mean()
 
 
 # --- arguments and data --------------------------------------------------------------------------
@@ -872,9 +883,29 @@ def check_args(args: Args) -> None:
         args.objective != "js" or args.reward_loss == "classification",
         "--objective js needs --reward-loss classification: its reward −log(1 − D) is no density ratio's when a constant per prompt is free.",
     )
-    for flag, folder in (("--sft-model", args.sft_model), ("--reward-model", args.reward_model)):
-        local = folder is None or Path(folder).is_dir() or (folder.count("/") == 1 and not folder.startswith((".", "/", "~")))
-        require(local, f"{flag} {folder}: no such folder.")
+    if args.reward_model and args.objective == "irl" and args.extrapolate == "distil":
+        require(
+            args.reward == "reward-model",
+            f"--reward-model {args.reward_model} is given, but --reward {args.reward} is what distil extrapolates. Add --reward reward-model, "
+            "or --extrapolate best-of-n to compare only.",
+        )
+    if args.objective in ("reverse-kl", "js"):
+        require(
+            args.batch_size * args.samples_per_prompt > 1,
+            "--batch-size 1 with --samples-per-prompt 1 leaves no other sample for a baseline.",
+        )
+    check_folder("--sft-model", args.sft_model, "ForCausalLM", "LMHeadModel")
+    check_folder("--reward-model", args.reward_model, "ForSequenceClassification")
+
+
+def check_folder(flag: str, folder: str | None, *endings: str) -> None:
+    """Refuse a local folder that is not a model of the kind `flag` needs. A hub id is taken as it is."""
+    if folder is None or (not Path(folder).exists() and folder.count("/") == 1 and not folder.startswith((".", "/", "~"))):
+        return
+    file = Path(folder) / "config.json"
+    require(file.is_file(), f"{flag} {folder}: no such folder, or no config.json in it.")
+    made = (json.loads(file.read_text()).get("architectures") or ["unknown"])[0]
+    require(made.endswith(endings), f"{flag} {folder}: holds a {made}; a model whose name ends in {' or '.join(endings)} is needed.")
 
 
 def load_data(args: Args, tokenizer, ends: list[int], judge: Judge) -> tuple[Split, Split, Split, list[Example]]:
@@ -883,13 +914,13 @@ def load_data(args: Args, tokenizer, ends: list[int], judge: Judge) -> tuple[Spl
     Raises `UserError` where demonstrations or preferences are missing, or a held-out prompt is among the demonstrations'.
     """
     from_file = args.demonstrations.endswith((".jsonl", ".jsonl.gz", ".parquet"))
-    wants_preferences = args.objective == "irl" and "preference" in args.pairs and args.preferences == "data"
+    wants_preferences = args.objective == "irl" and not args.reward_model and "preference" in args.pairs and args.preferences == "data"
     columns = () if from_file else ("response",)
     train_rows, test_rows = common.load_rows(args.dataset, columns, args.eval_prompts, "response" if from_file else args.demonstrations)
     rows = common.load_file(args.demonstrations, ("response",), "--demonstrations") if from_file else train_rows
     if from_file:
-        held_out = {common.prompt_text(row.prompt) for row in test_rows}
-        leaked = [row.id for row in rows if common.prompt_text(row.prompt) in held_out]
+        held_out = {bare(row.prompt) for row in test_rows}
+        leaked = [row.id for row in rows if bare(row.prompt) in held_out]
         require(
             not leaked,
             f"--demonstrations {args.demonstrations}: {len(leaked)} of its prompts are held out for evaluation ({', '.join(leaked[:3])}). "
@@ -905,7 +936,8 @@ def load_data(args: Args, tokenizer, ends: list[int], judge: Judge) -> tuple[Spl
     test = Split(*common.encode_rows(tokenizer, test_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts"))
     preferences = []
     if wants_preferences:
-        pairs = [row for row in train_rows if row.chosen is not None and row.rejected is not None and row.chosen != row.rejected]
+        aside = {bare(row.prompt) for row in dev.rows}
+        pairs = [row for row in train_rows if row.chosen and row.rejected and row.chosen != row.rejected and bare(row.prompt) not in aside]
         require(
             bool(pairs),
             f"--pairs preference: --dataset {args.dataset} has no chosen and rejected responses. Give one that has, or --preferences judge (an oracle).",
@@ -915,6 +947,13 @@ def load_data(args: Args, tokenizer, ends: list[int], judge: Judge) -> tuple[Spl
         )
         preferences = preference_examples(args, tokenizer, ends, Split(pairs, pair_prompts))
     return train, dev, test, preferences
+
+
+def bare(prompt: common.Prompt) -> str:
+    """A prompt's text however it is written: messages, plain text, or HH-RLHF's dialogue with or without the last "Assistant:"."""
+    if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+        prompt = [message for message in common.parse_dialogue(prompt) if message["content"]]
+    return common.prompt_text(prompt).strip()
 
 
 def select_demonstrations(args: Args, rows: list[common.Row], judge: Judge, count: int | None) -> list[common.Row]:
@@ -945,7 +984,7 @@ def preference_examples(args: Args, tokenizer, ends: list[int], split: Split) ->
     for row, prompt in zip(split.rows, split.prompts, strict=True):
         if row.chosen is not None and row.rejected is not None:
             sides = [common.encode_response(tokenizer, row.prompt, text, end, args.max_new_tokens) for text in (row.chosen, row.rejected)]
-            read = [as_read(side, ends, args.hide_end) for side in sides]
+            read = pair_as_read(*sides, args, ends)
             if read[0] != read[1]:
                 examples.append(Example(row.id, prompt, read, [1.0, 1.0]))
     return examples

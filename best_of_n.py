@@ -45,7 +45,7 @@ def best_of_n_win_rate(rewards: torch.Tensor, preference: torch.Tensor, ns: list
     result = []
     for n in ns:  # subsets with the best at rank i and the opponent, at rank j, outside: C(i, n − 1), or C(i − 1, n − 1) for j below i
         subsets = [[0 if i == j else math.comb(i - (j < i), n - 1) if i else int(n == 1) for j in range(M)] for i in range(M)]
-        weights = torch.tensor(subsets, dtype=torch.float64) / (math.comb(M, n) * (M - n))
+        weights = torch.tensor(subsets, dtype=torch.float64) / float(math.comb(M, n) * (M - n))
         result.append((wins * (ranks @ weights @ ranks.transpose(1, 2))).sum((1, 2)))
     return torch.stack(result, 1)
 
@@ -66,11 +66,12 @@ def bootstrap(values: torch.Tensor, resamples: int = 2000) -> tuple[list[float],
 
 def golden_of(judge: Judge, prompts: list, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The judge's score (G, M) and preferences (G, M, M) of M replies to each prompt; without a scalar, the mean preference is the score."""
-    preference = torch.stack(preference_matrix(judge, prompts, texts))
     if judge.score is None:
+        preference = torch.stack(preference_matrix(judge, prompts, texts))
         return preference.mean(2), preference
     flat = judge.score([x for x, group in zip(prompts, texts, strict=True) for _ in group], [t for group in texts for t in group])
-    return flat.view(len(texts), -1), preference
+    score = flat.view(len(texts), -1)
+    return score, torch.sigmoid(judge.scale * (score[:, :, None] - score[:, None, :]))
 
 
 def compare_rankers(
@@ -138,7 +139,7 @@ def plot_report(report: dict, path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axes[1].axhline(0.5, color="black", linewidth=0.8)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
     figure.suptitle(f"Best-of-N among samples of π_SFT, {report['prompts']} held-out prompts", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -338,7 +338,9 @@ def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointin
         return model.requires_grad_(True)
     peft = optional_import("peft", "'cleanalign[lora]'")
     config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.random.fork_rng():  # the adapter's first values are the same in every process: a run is a function of its arguments
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 @contextlib.contextmanager

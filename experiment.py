@@ -618,6 +618,6 @@ def write_model(run: Run, policy, tokenizer, summary: dict) -> None:
         f"---\nlibrary_name: transformers\n{base}tags: [cleanalign, {run.script}]\n---\n\n"
         f"# {run.folder.name}\n\n{run.args.model}, trained by cleanalign's `{run.script}.py` on the prompts of `{run.args.dataset}` with the judge `{run.args.judge}`.\n\n"
         f"Win rate against the starting model on {summary['eval_prompts']} held-out prompts: {summary['win_rate']:.3f} "
-        f"(95 % interval {low:.3f} to {high:.3f}), by the judge it was trained on. All arguments:\n\n"
+        f"(95 % interval {low:.3f} to {high:.3f}), by that judge. All arguments:\n\n"
         f"```json\n{json.dumps(dataclasses.asdict(run.args), indent=2)}\n```\n"
     )

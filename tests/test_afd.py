@@ -152,6 +152,14 @@ def test_best_of_n_against_enumeration(ties):
             assert best_of_n.best_of_n_win_rate(rewards, preference, [n])[g, 0] == pytest.approx(torch.stack(duels).mean().item(), abs=1e-9)
 
 
+def test_best_of_many_does_not_overflow():
+    """C(101, 50) is beyond 64 bits."""
+    golden = torch.rand(2, 101, generator=torch.Generator().manual_seed(0))
+    preference = (golden[:, :, None] > golden[:, None, :]).double()
+    rates = best_of_n.best_of_n_win_rate(golden, preference, [50, 100])
+    torch.testing.assert_close(rates, torch.tensor([[50 / 51, 100 / 101]] * 2, dtype=torch.float64))
+
+
 def test_best_of_one_is_even_and_a_useless_reward_stays_even():
     golden = torch.rand(200, 9, generator=torch.Generator().manual_seed(0))
     preference = (golden[:, :, None] > golden[:, None, :]).double()
@@ -216,7 +224,8 @@ def test_irl_compares_every_construction_on_the_same_samples_and_its_stages_can_
     pairs = ["--pairs", "init-sft", "init-demo", "sft-demo", "preference"]
     start(afd, *flags, *pairs, "--run-name=x", "--epochs=2", "--extrapolate=best-of-n")
     report = json.loads((tmp_path / "x" / "best_of_n.json").read_text())
-    names = [*(f"reward model, {kind}" for kind in pairs[1:]), "log-ratio", "length", "random", "judge (oracle)"]
+    names = [*(f"reward model, {kind}" for kind in pairs[1:-1]), "reward model, preference (oracle)"]
+    names += ["log-ratio", "length", "random", "judge (oracle)"]
     assert list(report["rankers"]) == names and (tmp_path / "x" / "best_of_n.png").exists()
     for curve in report["rankers"].values():
         assert len(curve["score"]) == len(curve["win_rate"]) == 4 and curve["win_rate"][0] == pytest.approx(0.5)
@@ -230,7 +239,7 @@ def test_irl_compares_every_construction_on_the_same_samples_and_its_stages_can_
     reused = [f"--sft-model={tmp_path}/x/sft", f"--reward-model={tmp_path}/x/reward-init-sft"]
     start(afd, *flags, *reused, "--run-name=y", "--extrapolate=best-of-n")
     again = json.loads((tmp_path / "y" / "best_of_n.json").read_text())["rankers"]
-    assert again["reward model, given"]["score"] == report["rankers"]["reward model, init-sft"]["score"]
+    assert again["reward model, given (init-sft)"]["score"] == report["rankers"]["reward model, init-sft"]["score"]
     assert not (tmp_path / "y" / "sft").exists() and not (tmp_path / "y" / "metrics.jsonl").exists()
 
 
@@ -241,27 +250,31 @@ def test_a_training_path_that_asks_the_judge_is_an_error(world):
     assert judge.score(["a"], ["good"]).tolist() == [1.0]
 
 
-def test_training_is_sealed_off_from_the_judge(flags, tmp_path, monkeypatch):
-    """Every stage trains inside the seal: a loss that asks the judge ends the run."""
+@pytest.mark.parametrize("objective", ["irl", "js", "spin"])
+def test_training_is_sealed_off_from_the_judge(flags, tmp_path, monkeypatch, objective):
+    """Every stage trains inside the seal: hidden states with a gradient are computed where asking the judge is an error."""
     asked = []
     judge = load_judge(next(f for f in flags if f.startswith("--judge")).partition("=")[2])
     monkeypatch.setattr(afd, "load_judge", lambda *_: judge)
-    plain = common.completion_logprobs
+    plain = common.completion_hidden
 
-    def nosy(*args, **kwargs):
-        try:
-            judge.score(["a"], ["good"])
-        except AssertionError:
-            asked.append("refused")
-        return plain(*args, **kwargs)
+    def nosy(model, batch):
+        if torch.is_grad_enabled():
+            with pytest.raises(AssertionError, match="training path"):
+                judge.score(["a"], ["good"])
+            asked.append(1)
+        return plain(model, batch)
 
-    monkeypatch.setattr(common, "completion_logprobs", nosy)
-    start(afd, *flags, "--run-name=x", "--objective=forward-kl", "--max-steps=2")
-    assert asked.count("refused") >= 2
+    monkeypatch.setattr(common, "completion_hidden", nosy)
+    extra = ["--policy-steps=2", "--reward=reward-model", "--max-steps=2", f"--objective={objective}"]
+    start(afd, *flags, *extra, "--run-name=x")
+    assert len(asked) >= 6  # SFT, and two stages more
 
 
 @pytest.mark.parametrize(
-    "objective", [["--objective=irl"], ["--objective=reverse-kl", "--policy-steps=8", "--replay=0.5"], ["--objective=spin"]], ids=" ".join
+    "objective",
+    [["--objective=irl", "--lora-rank=4"], ["--objective=reverse-kl", "--policy-steps=8", "--replay=0.5"], ["--objective=spin"]],
+    ids=" ".join,
 )
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, objective):
     resumed_equals_uninterrupted(afd, [*flags, *objective, "--epochs=1", "--save-every=3"], tmp_path)
@@ -289,7 +302,8 @@ def test_demonstrations_from_a_file(flags, world, tmp_path, capsys):
     good.write_text("\n".join(json.dumps(row) for row in rows if row["prompt"] not in held_out))
     start(afd, *flags, f"--demonstrations={good}", "--objective=forward-kl", "--run-name=x")
     leaky = tmp_path / "leaky.jsonl"
-    leaky.write_text("\n".join(json.dumps(row) for row in rows))
+    dialogue = lambda row: row | {"prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:"}  # noqa: E731  written otherwise, still a leak
+    leaky.write_text("\n".join(json.dumps(dialogue(row)) for row in rows))
     with pytest.raises(SystemExit) as stop:
         start(afd, *flags, f"--demonstrations={leaky}", "--run-name=y")
     error = capsys.readouterr().err
@@ -307,13 +321,20 @@ def test_demonstrations_from_a_file(flags, world, tmp_path, capsys):
         (["--dev-prompts=500"], "leaves none to learn from"),
         (["--sft-model=/no/such/folder"], "--sft-model /no/such/folder: no such folder"),
         (["--temperature=0"], "greedy"),
+        (
+            ["--reward-model={world}/model", "--extrapolate=best-of-n"],
+            "--reward-model .*holds a LlamaForCausalLM; .*ForSequenceClassification",
+        ),
+        (["--reward-model={world}/model"], "Add --reward reward-model"),
+        (["--objective=js", "--batch-size=1", "--samples-per-prompt=1"], "leaves no other sample"),
         (["--replay=1"], r"--replay must lie in \[0, 1\)"),
         (["--samples-per-prompt=1"], "--samples-per-prompt must be at least 2"),
         (["--min-demonstration-score=99"], "no demonstration scores that much"),
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_clear_message(flags, tmp_path, capsys, extra, message):
+def test_bad_input_is_one_clear_message(flags, world, tmp_path, capsys, extra, message):
+    extra = [e.format(world=world) for e in extra]
     with pytest.raises(SystemExit) as stop:
         start(afd, *[f for f in flags if not any(f.startswith(e.partition("=")[0] + "=") for e in extra)], *extra, "--run-name=x")
     error = capsys.readouterr().err
