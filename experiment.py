@@ -142,7 +142,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory within a step: giving activations back and faulting them in again costs a large part of a CPU step."""
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 2**29)  # M_MMAP_THRESHOLD: above the gradients of the vocabulary
+        glibc.mallopt(-3, 40 * 2**20)  # M_MMAP_THRESHOLD: above the chunks of logits, below gradients of the vocabulary
 
 
 def give_back_freed_memory() -> None:
@@ -205,7 +205,6 @@ class Run:
         self.started = time.perf_counter()
         self.phases: dict[str, Counter] = defaultdict(Counter)  # seconds, tokens, scored, peak_memory_bytes
         self.open_phases: list[str] = []
-        self.last_phase: str | None = None
         self.phase_mark = 0.0  # when the innermost open phase began, or went on
         self.peak_memory_bytes = 0
         self.padding = Counter()  # of the batches since the last log: places, tokens
@@ -237,9 +236,8 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str):
         """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an inner one are its own alone."""
-        if not self.open_phases and name != self.last_phase:
+        if not self.open_phases:
             give_back_freed_memory()
-            self.last_phase = name
         self._close_measurement()
         self.open_phases.append(name)
         yield
