@@ -48,8 +48,8 @@ def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -
     argv = sys.argv[1:] if argv is None else argv
     try:
         single_process()
-        keep_freed_memory()
         args = parse(recipes, argv)
+        keep_freed_memory(args.micro_batch_tokens)
         with advice_when_out_of_memory(args):
             main(dry_run.prepare(args) if args.dry_run else args)
     except UserError as error:
@@ -138,11 +138,15 @@ def _glibc():
     return None
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory within a step: giving activations back and faulting them in again costs a large part of a CPU step."""
+def keep_freed_memory(micro_batch_tokens: int) -> None:
+    """Tell glibc to keep freed memory within a step: giving activations back and faulting them in again costs a large part of a CPU step.
+
+    Blocks above M_MMAP_THRESHOLD always go back. Small micro-batches, the default runs', are for small memory: gradients of the vocabulary
+    go back then, which costs time, and are kept with larger ones.
+    """
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 40 * 2**20)  # M_MMAP_THRESHOLD: above the chunks of logits, below gradients of the vocabulary
+        glibc.mallopt(-3, 40 * 2**20 if micro_batch_tokens <= 256 else 2**29)  # M_MMAP_THRESHOLD; chunks of logits are 32 MB
 
 
 def give_back_freed_memory() -> None:

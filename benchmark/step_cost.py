@@ -64,7 +64,7 @@ def main(
         device: auto, cpu, cuda or mps.
         out: JSON file to write.
     """
-    experiment.keep_freed_memory()
+    experiment.keep_freed_memory(selm.Args().micro_batch_tokens)
     where = common.resolve_device(device)
     dtype = common.resolve_dtype("auto", where)
     attention = common.choose_attention("auto", where, 128)

@@ -68,8 +68,9 @@ def policy_and_args(model: str, device: torch.device):
 
 def utilisation(device: torch.device, rounds: int) -> dict:
     """Default selm steps: 8 pairs of 50 prompt and 2 × 24 completion tokens, in one micro-batch."""
-    experiment.keep_freed_memory()
+    experiment.keep_freed_memory(1024)
     policy, args = policy_and_args("random:smollm2-135m", device)
+    args = replace(args, micro_batch_tokens=1024)
     optimiser = optimization.make_optimiser(policy, "float32", 0.0)
     weight = common.head(policy)[0]
     pairs = make_pairs(random.Random(0), args.batch_size, args.alpha)
@@ -119,7 +120,7 @@ torch.manual_seed(0)
 model = common.make_trainable(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), 0, 0, False)
 for p in model.parameters():
     p.grad = torch.zeros_like(p)  # gradients are counted with the weights
-experiment.keep_freed_memory()
+experiment.keep_freed_memory(1024)
 
 def step(completions):
     prompts = [[i % 1000 + 5 for i in range(16)] for _ in completions]
@@ -177,7 +178,7 @@ def states(device: torch.device, steps: int = 24, learning_rate: float = 5e-7) -
 
     Losses are those of the (master) weights in a float32 model on all the pairs: a bfloat16 forward pass is noisier than what 24 such steps gain.
     """
-    experiment.keep_freed_memory()
+    experiment.keep_freed_memory(1024)
     policy, args = policy_and_args("smollm2-135m", device)
     args = replace(args, batch_size=4)
     start = [p.detach().float().cpu() for p in policy.parameters()]

@@ -46,7 +46,7 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
     args = replace(script.RECIPES["smollm2-135m"], batch_size=B, max_new_tokens=N, temperature=0.9, learning_rate=5e-7, **values)
     if settings["micro_batch_tokens"]:
         args.micro_batch_tokens = settings["micro_batch_tokens"]
-    experiment.keep_freed_memory()
+    experiment.keep_freed_memory(args.micro_batch_tokens)
     device = common.resolve_device("cpu")
     dtype = common.resolve_dtype("auto", device)
     judge = load_judge(args.judge, device)
