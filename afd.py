@@ -700,7 +700,7 @@ def update_policy(ctx, policy, reference, optimiser, train: Split, chosen, own, 
         (loss * len(part) / len(chosen)).backward()
         ctx.run.add_batch("training", data)
         measured = {
-            "kl": (logprobs - reference_logprobs).sum(-1).mean(),  # unbiased estimate of KL(π ‖ π_SFT), nats per reply
+            "kl": (logprobs.detach() - reference_logprobs).sum(-1).mean(),  # unbiased estimate of KL(π ‖ π_SFT), nats per reply
             "entropy": entropy.sum() / data.mask.sum(),
             "length": data.mask.sum(-1).mean(),
         }
