@@ -814,12 +814,21 @@ def choose_sample_rows(requested: int, members: list, longest: int, optimiser_by
         return requested or 64
     element, row, prefill = weight.element_size(), 0, 0
     for config in (base_model(member).config.get_text_config() for member in members):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row += 2 * config.num_hidden_layers * heads * width * longest * element + 24 * weight.shape[0]
-        prefill = PREFILL_TOKENS * 4 * (config.hidden_size + config.intermediate_size) * element
+        row += key_value_numbers(config) * longest * element + 24 * weight.shape[0]
+        prefill = PREFILL_TOKENS * 4 * (config.hidden_size + inner_width(config)) * element
     optimiser = optimiser_bytes * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
     return int(min(1024, max(8, (0.85 * free - optimiser - prefill) // row // 8 * 8)))
+
+
+def key_value_numbers(config) -> int:
+    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv · D."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def inner_width(config) -> int:
+    """Width of the layers' inner part; GPT-2's config leaves it out when it is four times the model's."""
+    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -89,16 +89,13 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     states = optimization.bytes_per_weight(args.optimizer_states, common.resolve_dtype(args.dtype, device))
     longest = args.max_prompt_length + args.max_new_tokens
     tokens = max(args.micro_batch_tokens, longest + args.max_new_tokens)
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys_and_values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_width
     needs = {
         "policy's weights": weights * item,
         "LoRA adapter": adapter * item,
         "reference's weights": weights * item * second_model,
         **{f"optimiser: {what}": trained * n for what, n in states.items()},
         "moving average": trained * 4 * (getattr(args, "opponent", None) == "ema"),
-        CACHES: (args.sample_rows or 64) * longest * keys_and_values * item,
+        CACHES: (args.sample_rows or 64) * longest * common.key_value_numbers(config) * item,
         ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
     }
     return {what: n for what, n in needs.items() if n}
@@ -119,8 +116,7 @@ def activation_bytes(config, item: int, checkpointing: bool) -> int:
     With checkpointing a layer keeps its input only, and one layer at a time all of it.
     """
     D, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * D
-    one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * inner
+    one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * common.inner_width(config)
     return layers * item * D + one if checkpointing else layers * one
 
 

@@ -34,22 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common  # noqa: E402
 import experiment  # noqa: E402
+import synthetic  # noqa: E402
 
-LLAMA3_8B = dict(  # the published config.json of meta-llama/Meta-Llama-3-8B
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=8192,
-    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    eos_token_id=None,
-    bos_token_id=0,
-    pad_token_id=0,
-)
+LLAMA3_8B = synthetic.CONFIGS["llama3-8b"][1]
 TINY = LLAMA3_8B | dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2
 )
@@ -127,7 +114,7 @@ def decode(figures: Figures, device, smoke: bool) -> None:
     figures["ceilings"] = limits = ceilings(device, smoke)
     model, reference = random_model(shape, device, 0), random_model(shape, device, 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    cache = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["hidden_size"] // shape["num_attention_heads"] * 2
+    cache = 2 * common.key_value_numbers(transformers.LlamaConfig(**shape))
     graphs = "graphs" if device.type == "cuda" else "eager"
     steps = {}
 

@@ -246,3 +246,10 @@ def test_warmup_does_not_blur_tokens_per_second():
     run.add_tokens("sampling", 100)
     run.set_apart("sampling", "decoder warm-up", 1.0)
     assert run.throughput() == {"tokens_per_second/sampling": 50.0} and run.phases["decoder warm-up"]["seconds"] == 1.0
+
+
+def test_rows_are_chosen_for_a_config_without_inner_width(monkeypatch):
+    """GPT-2's: the recipe of that name decodes on a GPU too."""
+    monkeypatch.setattr(common, "free_memory", lambda device: 400e6)
+    config = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    assert common.choose_sample_rows(0, [transformers.GPT2LMHeadModel(config)], 40) >= 8
