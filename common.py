@@ -724,12 +724,14 @@ def sample(
         seed: row r's token t is drawn with the r,t-th of this seed's uniform numbers (inverse CDF), whatever else is
             in its batch and whichever rows finish first.
         mixture: (reference, beta): sample from π^(1−β) π_ref^β, renormalised for each token; each model keeps a
-            cache of its own. β = 0 never runs the reference, β = 1 never runs `model`.
+            cache of its own. The token is π's own draw where `accept_or_redraw` lets it stand, so that π can draft ahead of π_ref.
+            β = 0 never runs the reference, β = 1 never runs `model`.
         unmixed: of the completions, the first so many come from `model` alone, in the same forward passes.
         max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its completions.
         decoding: how a step is launched, see `resolve_decoding`.
         stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch shape, captures and
-            compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same.
+            compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same, and
+            where it drafts (`_DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws too.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
@@ -743,12 +745,18 @@ def sample(
     longest = len(prompts[order[-1]])
     for member in members:
         require_full_attention(member, longest + max_new_tokens)
-    uniforms = torch.rand(len(prompts) * completions, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    uniforms = uniforms.view(len(prompts), completions, max_new_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(prompts), completions, max_new_tokens)
+    numbers = [
+        torch.rand(shape, generator=generator) for _ in range(1 if reference is None else 3)
+    ]  # each row's draws do not depend on others
+    uniforms = torch.stack(numbers, -1)  # (prompts, completions, T, 1 or 3)
     replies: list = [None] * len(prompts)
     batches = -(-len(prompts) // max(1, max_rows // completions))
     step = -(-len(prompts) // batches)  # batches of one size
-    decoder = _Decoder(members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
+    drafts = reference is not None and resolve_decoding(decoding, head(model)[0].device) == "eager"
+    kind = _DraftingDecoder if drafts else _Decoder
+    decoder = kind(members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
     for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
         chunk = order[start : start + step]
         for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
@@ -760,6 +768,8 @@ def sample(
         if reference is not None:
             agreeing, drawn = decoder.agreement.tolist()
             stats["agreement"] = agreeing / drawn
+        if drafts:
+            stats["draft_acceptance"] = decoder.accepted / max(1, decoder.compared)
     return replies
 
 
@@ -895,6 +905,8 @@ class _Decoder:
     completion, (K, G), the mixed ones first: a prompt's cache then reaches its rows by broadcasting, and the reference's are the first.
     """
 
+    layer, spare = _StaticLayer, 0  # kind of cache; places in it beyond prompt and reply
+
     def __init__(self, members, beta, unmixed, G, K, longest_prompt, T, ends, temperature, top_p, decoding):
         self.members, self.beta, self.temperature, self.top_p = members, beta, temperature, top_p
         device = head(members[0])[0].device
@@ -905,38 +917,46 @@ class _Decoder:
         self.kinds = (K - unmixed, unmixed) if len(members) == 2 else (0, K)  # completions with and without the mixture
         self.full = tuple(G * k for k in self.kinds)  # and rows
         self.caches: list = [None for _ in members]  # made by the first prefill, which knows their shapes
-        R, self.L = G * K, round_up(longest_prompt + T - 1, self.granule)
+        R, self.L = G * K, round_up(longest_prompt + T - 1 + self.spare, self.granule)
         integers = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
         self.row, self.token, self.position = integers(R), integers(R), integers(R)  # its output row, last token, that token's position
         self.finished = torch.zeros(R, dtype=torch.bool, device=device)
         self.mask = torch.zeros(R, 1, 1, self.L, dtype=head(members[0])[0].dtype, device=device)  # added to the attention's scores
+        self.by_row = [self.row, self.token, self.position, self.finished, self.mask]  # what moves when rows leave the batch
         self.place, self.t = integers(1), integers(1)  # where in the cache the next token goes; how many were drawn
-        self.uniforms, self.tokens = torch.zeros(R, T, device=device), integers(R, T)  # by output row
+        self.uniforms, self.tokens = torch.zeros(R, T, 2 * len(members) - 1, device=device), integers(R, T)  # by output row
         self.ends = torch.tensor(ends, device=device)
         self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
         self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
 
     def decode(self, prompts: list[list[int]], uniforms: torch.Tensor) -> list[list[list[int]]]:
-        """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T)."""
-        G, K, T = uniforms.shape
+        """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T, 1), or for a mixture (G, K, T, 3)."""
+        G, K, T, _ = uniforms.shape
         order = [*range(K - self.kinds[0], K), *range(K - self.kinds[0])]  # of the completions
-        self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).reshape(G * K, T)
+        self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).flatten(0, 1)
         self.tokens.fill_(-1)
         self.row[: G * K] = torch.arange(G * K)
         self.finished.zero_()
         self.t.zero_()
         sizes = tuple(G * k for k in self.kinds)
-        P = self._prefill(prompts, sizes)
+        self._continue(sizes, self._prefill(prompts, sizes), T)
+        replies = [[i for i in reply if i >= 0] for reply in self.tokens[: G * K].tolist()]
+        return [[replies[order.index(k) * G + g] for k in range(K)] for g in range(G)]
+
+    def _continue(self, sizes, P: int, T: int) -> None:
+        """From each row's first token to its last: all rows stand at the same token."""
         for t in range(1, T):
             if t % self.check_every == 0:
-                finished = self.finished[: sum(sizes)].tolist()
-                left = (finished[: sizes[0]].count(False), finished[sizes[0] :].count(False))
+                left = self._left(sizes)
                 if not any(left):
                     break
                 sizes = self._shrink(sizes, left, P + t)
             self._advance(sizes, round_up(P + t, self.granule))
-        replies = [[i for i in reply if i >= 0] for reply in self.tokens[: G * K].tolist()]
-        return [[replies[order.index(k) * G + g] for k in range(K)] for g in range(G)]
+
+    def _left(self, sizes) -> tuple[int, int]:
+        """How many rows of either kind have not finished; waits for the device."""
+        finished = self.finished[: sum(sizes)].tolist()
+        return finished[: sizes[0]].count(False), finished[sizes[0] :].count(False)
 
     def _prefill(self, prompts, sizes) -> int:
         """Run each prompt once, copy its cache to its rows, draw the first tokens; returns the padded prompts' length P."""
@@ -962,7 +982,7 @@ class _Decoder:
                 if self.caches[i] is None:
                     rows = sum(self.full) if i == 0 else self.full[0]
                     shape = lambda x: (rows, x.shape[1], self.L, x.shape[3])  # noqa: B023, E731
-                    layers = [_StaticLayer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place) for old in cache.layers]
+                    layers = [self.layer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place) for old in cache.layers]
                     self.caches[i] = transformers.Cache(layers=layers)
                 for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
                     for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
@@ -1042,16 +1062,29 @@ class _Decoder:
         R, M = sum(sizes), sizes[0]
         row, active = self.row[:R], ~self.finished[:R]
         logprobs = next_logprobs(self.members[0], last[0], self.temperature)  # (R, V)
+        uniforms = self.uniforms[row, self.t]  # (R, 1 or 3)
+        token = self._choose(logprobs, uniforms[:, 0])
         if M:
-            of_policy, of_reference = logprobs[:M], next_logprobs(self.members[1], last[1], self.temperature)
-            agree = (of_policy.argmax(-1) == of_reference.argmax(-1)) & active[:M]
-            self.agreement += torch.stack([agree.sum(), active[:M].sum()])
-            logprobs[:M] = F.log_softmax((1 - self.beta) * of_policy + self.beta * of_reference, -1)
-        token = logprobs.argmax(-1) if self.temperature == 0 else _inverse_cdf(logprobs, self.uniforms[row, self.t], self.top_p)
+            token[:M], agree = self._correct(token[:M], logprobs[:M], last[1], uniforms[:M])
+            self.agreement += torch.stack([(agree & active[:M]).sum(), active[:M].sum()])
         self.tokens[row, self.t] = token.masked_fill(~active, -1)
         self.token[:R] = token
         self.finished[:R] |= (token[:, None] == self.ends).any(1)
         self.t += 1
+
+    def _choose(self, logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """Tokens (R,) from log-probs (R, V) and uniform numbers (R,)."""
+        return logprobs.argmax(-1) if self.temperature == 0 else _inverse_cdf(_nucleus(logprobs, self.top_p), uniforms)
+
+    def _correct(self, token, of_policy, last, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixture's tokens (M,), from the policy's `token` (M,) and log-probs (M, V), the reference's last hidden states (M, D) and
+        uniforms (M, 3); and where both models favour the same token, (M,)."""
+        of_reference = next_logprobs(self.members[1], last, self.temperature)
+        mixed = F.log_softmax((1 - self.beta) * of_policy + self.beta * of_reference, -1)
+        agree = of_policy.argmax(-1) == of_reference.argmax(-1)
+        if self.temperature == 0:
+            return mixed.argmax(-1), agree
+        return accept_or_redraw(token, _nucleus(of_policy, self.top_p), _nucleus(mixed, self.top_p), *uniforms.unbind(-1)[1:]), agree
 
     def _shrink(self, sizes, left, used: int) -> tuple[int, int]:
         """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that remain."""
@@ -1064,7 +1097,7 @@ class _Decoder:
         M, n = sizes[0], sum(sizes)
         first = lambda finished, count: finished.byte().argsort(stable=True)[:count]  # unfinished ones, in their order  # noqa: E731
         keep = torch.cat([first(self.finished[:M], smaller[0]), M + first(self.finished[M:n], smaller[1])])
-        for state in (self.row, self.token, self.position, self.finished, self.mask):
+        for state in self.by_row:
             state[: len(keep)] = state[keep]
         for cache, rows in zip(self.caches, (keep, keep[: smaller[0]]), strict=False):
             for buffer in (buffer for layer in cache.layers for buffer in layer.buffers):
@@ -1072,21 +1105,148 @@ class _Decoder:
         return smaller
 
 
+class _RaggedLayer(_StaticLayer):
+    """One layer's keys and values, where each row's new tokens have places of their own."""
+
+    def look_at(self, rows: int, length: int, places: torch.Tensor) -> None:
+        """Work on the first `rows` rows and `length` places; the new tokens' are `places`, (rows, c)."""
+        super().look_at(rows, length)
+        self.place = torch.arange(rows, device=places.device)[:, None], slice(None), places
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys[self.place] = key_states.transpose(1, 2)
+        self.values[self.place] = value_states.transpose(1, 2)
+        return self.keys, self.values
+
+
+LONGEST_DRAFT = 16  # tokens
+
+
+class _DraftingDecoder(_Decoder):
+    """Decodes a mixture with few forward passes of the reference, where these cost more than their arithmetic (a CPU reads all weights in each).
+
+    The policy drafts c tokens of every row; the reference reads the mixed rows' drafts in one pass; a mixed row keeps them up to the first
+    that `accept_or_redraw` changes. This is speculative decoding (arXiv 2211.17192) where the target is the mixture and the draft model is
+    part of it, and the tokens are those of `_Decoder`. If a share a of the drafts stands, a row gains (1 − aᶜ) / (1 − a) tokens in c + 1
+    passes, most at about c = √(2 / (1 − a)); a batch waits for its slowest row, hence c = √(1 / (1 − a)). Rows come to stand at different tokens.
+    """
+
+    layer, spare = _RaggedLayer, LONGEST_DRAFT
+
+    def __init__(self, members, *args):
+        super().__init__(members, *args)
+        self.drawn = torch.ones_like(self.row)  # tokens that the row has
+        self.by_row.append(self.drawn)
+        self.accepted, self.compared = 0, 0  # drafts of mixed rows
+
+    def _continue(self, sizes, P: int, T: int) -> None:
+        self.drawn.fill_(1)
+        self.finished |= self.drawn == T
+        while any(left := self._left(sizes)):
+            n = sum(sizes)
+            sizes = self._shrink(sizes, left, P + int(self.drawn[:n].max()))
+            remaining = T - int(self.drawn[: sum(sizes)].masked_fill(self.finished[: sum(sizes)], T).min())
+            doubt = (1 + self.compared - self.accepted) / (30 + self.compared)  # 1 − a, taken for 1 / 30 to begin with
+            c = min(LONGEST_DRAFT, remaining, max(1, int((1 / doubt) ** 0.5)))
+            self._round((sizes[0] if left[0] else 0, sum(sizes)), c, P, T)
+
+    def _round(self, rows: tuple[int, int], c: int, P: int, T: int) -> None:
+        """Draft up to c tokens of all R rows, of which the first M are mixed, correct those, and keep what stands."""
+        M, R = rows
+        row, drawn, active = self.row[:R, None], self.drawn[:R, None], ~self.finished[:R, None]
+        uniforms = self.uniforms[row, (drawn + torch.arange(c, device=row.device)).clamp(max=T - 1)]  # (R, c, 3)
+        fed, hidden = [self.token[:R]], []
+        ended = self.finished[:R]
+        for j in range(c):
+            hidden.append(self._feed(0, fed[-1][:, None], drawn - 1 + j, P))  # (R, 1, D)
+            fed.append(self._choose(next_logprobs(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]))
+            ended = ended | torch.isin(fed[-1], self.ends) | (drawn[:, 0] + j + 1 >= T)
+            if ended.all():
+                break
+        c = len(hidden)
+        draft, k = torch.stack(fed[1:], 1), torch.arange(c, device=row.device)  # (R, c)
+        right, agree = torch.ones_like(draft, dtype=torch.bool), torch.zeros_like(draft[:M], dtype=torch.bool)
+        if M:
+            of_reference = self._feed(1, torch.stack(fed[:-1], 1)[:M], drawn[:M] - 1 + k, P).flatten(0, 1)  # (M·c, D)
+            of_policy, numbers = torch.cat(hidden, 1)[:M].flatten(0, 1), uniforms[:M, :c].flatten(0, 1)
+            drafted, corrected = draft[:M].flatten(), torch.empty(M * c, dtype=torch.long, device=row.device)
+            for part in (slice(i, i + sum(self.full)) for i in range(0, M * c, sum(self.full))):  # no more log-probs at once than rows
+                logprobs = next_logprobs(self.members[0], of_policy[part], self.temperature)
+                corrected[part], agree.view(-1)[part] = self._correct(drafted[part], logprobs, of_reference[part], numbers[part])
+            right[:M] = (corrected == drafted).view(M, c)
+            draft[:M] = corrected.view(M, c)
+        before = lambda x: x.cumsum(1) - x.long()  # how many at earlier tokens of the row  # noqa: E731
+        ends = torch.isin(draft, self.ends)
+        keep = active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)  # (R, c) a prefix of the row
+        self.tokens[row.expand(R, c)[keep], (drawn + k)[keep]] = draft[keep]
+        self.agreement += torch.stack([(agree & keep[:M]).sum(), keep[:M].sum()])
+        self.accepted += int((right & keep)[:M].sum())
+        self.compared += int(keep[:M].sum())
+        kept = keep.sum(1)
+        self.token[:R] = draft.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+        self.drawn[:R] += kept
+        self.finished[:R] |= (ends & keep).any(1) | (self.drawn[:R] >= T)
+
+    def _feed(self, i: int, ids: torch.Tensor, t: torch.Tensor, P: int) -> torch.Tensor:
+        """Last hidden states (R, c, D) of member i, fed with every row's tokens (R, c) number t (R, c), behind P places of the prompt."""
+        (R, c), member = ids.shape, self.members[i]
+        places, length = P + t, round_up(P + int(t.max()) + 1, self.granule)
+        new = torch.arange(length, device=ids.device)
+        visible = (new >= P) & (new <= places[:, None, :, None])  # (R, 1, c, L)
+        for layer in self.caches[i].layers:
+            layer.look_at(R, length, places)
+        with adapter_switch(member), _attention_of_one_token(member) if c == 1 else contextlib.nullcontext():
+            out = self.forwards[i](
+                input_ids=ids,
+                attention_mask=self.mask[:R, :, :, :length].masked_fill(visible, 0.0),
+                position_ids=self.position[:R, None] + t.clamp(max=self.tokens.shape[1] - 2),  # a draft may go on behind the reply's end
+                past_key_values=self.caches[i],
+                use_cache=True,
+            )
+        return out.last_hidden_state
+
+
 def next_logprobs(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
     """Next-token log-probs (R, V), float32, of last hidden states (R, D)."""
     return F.log_softmax(_head_logits(hidden, *head(model)).float().div_(temperature or 1.0), -1)
 
 
-def _inverse_cdf(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Inverse-CDF draw: (R, V) log-probs and (R,) uniforms in [0, 1) to (R,) token ids."""
+def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities (R, V), normalised, of the smallest set of tokens that holds top_p; all of them at 1."""
     probs = logprobs.exp()
-    if top_p < 1.0:
-        ordered, index = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # a token stays if the mass before it is below top_p
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(outside, 0.0))
+    if top_p == 1.0:
+        return probs
+    ordered, index = probs.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p  # a token stays if the mass before it is below top_p
+    probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(outside, 0.0))
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF draw: (R, V) probabilities, up to a factor, and (R,) uniforms in [0, 1) to (R,) token ids."""
     cdf = probs.cumsum(-1)
     token = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True)[:, 0]
     return token.clamp(max=probs.shape[-1] - 1)
+
+
+def accept_or_redraw(
+    draft: torch.Tensor, source: torch.Tensor, target: torch.Tensor, accept: torch.Tensor, redraw: torch.Tensor
+) -> torch.Tensor:
+    """Turn draws from one distribution into draws from another that differ as rarely as can be: with probability ½ Σ |target − source|.
+
+    A draft stands with probability min(1, target / source); else it is redrawn from the part of target above source. This is the test
+    of speculative decoding (arXiv 2211.17192, Algorithm 1 and Theorem 3.5).
+
+    Args:
+        draft: (R,) token ids drawn from `source`.
+        source, target: (R, V) probabilities.
+        accept, redraw: (R,) uniform numbers in [0, 1), independent of each other and of the draft.
+
+    Returns: (R,) token ids, distributed as `target`.
+    """
+    of_draft = lambda probs: probs.gather(-1, draft[:, None])[:, 0]  # noqa: E731
+    stands = accept * of_draft(source) < of_draft(target)
+    return torch.where(stands, draft, _inverse_cdf((target - source).clamp(min=0), redraw))
 
 
 def round_up(n: int, multiple: int) -> int:

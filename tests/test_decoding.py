@@ -1,6 +1,7 @@
 """The decode step as a GPU runs it, checked without one: recorded once, then replayed with every number of the host frozen."""
 
 import contextlib
+import copy
 import functools
 import json
 
@@ -9,7 +10,7 @@ import tiny
 import torch
 import transformers
 from running import start
-from test_sampling import END, PROMPTS, V, replay
+from test_sampling import END, PROMPTS, V, numbers, replay
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -95,6 +96,8 @@ def test_recorded_steps_draw_the_same_tokens(models, world, graphs, monkeypatch,
     prompts = [*PROMPTS, [6, 6, 6, 6, 6, 7, 8], [11], [12, 4, 5]]
     plain, ours = {}, {}
     expected = common.sample(policy, prompts, [END, 7], stats=plain, **settings)
+    assert ("mixture" in case) == ("draft_acceptance" in plain)
+    plain.pop("draft_acceptance", None)
     monkeypatch.setitem(common.CHECK_EVERY, "cpu", every)
     assert common.sample(policy, prompts, [END, 7], stats=ours, decoding="graphs", **settings) == expected
     assert graphs and sum(len(recorder.calls) for recorder in graphs) > 100
@@ -114,6 +117,49 @@ def test_a_compiled_step_is_one_graph_and_draws_the_same_tokens(models, graphs, 
     expected = common.sample(models[0], PROMPTS, [END, 7], **settings)
     assert common.sample(models[0], PROMPTS, [END, 7], decoding="compiled", **settings) == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for both models and every batch shape
+
+
+def near(model, scale):
+    """A copy of `model` whose weights are a little off."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(torch.randn_like(weight) * weight.std().nan_to_num(), alpha=scale)
+    return other
+
+
+@pytest.mark.parametrize("longest", [1, 2, 16])
+@pytest.mark.parametrize("scale", [0.0, 0.03, 0.3])
+@pytest.mark.parametrize("ends", [[END], [END, 7, 8, 9]])
+def test_drafts_end_in_the_tokens_of_one_token_at_a_time(models, graphs, monkeypatch, scale, longest, ends):
+    """References near and far, so that drafts stand, fall at once, or fall half-way; the decoder of graphs does not draft."""
+    reference = near(models[0], scale)
+    settings = dict(completions=5, max_new_tokens=40, seed=5, mixture=(reference, 0.4), unmixed=2)
+    plain, ours = {}, {}
+    expected = common.sample(models[0], PROMPTS, ends, stats=plain, decoding="graphs", **settings)
+    monkeypatch.setattr(common, "LONGEST_DRAFT", longest)
+    assert common.sample(models[0], PROMPTS, ends, stats=ours, **settings) == expected
+    assert ours["agreement"] == plain["agreement"] and ours["tokens"] == plain["tokens"]
+    assert (ours["draft_acceptance"] == 1.0) == (scale == 0)
+
+
+def test_drafts_save_passes_of_the_reference(models):
+    """49 tokens drawn after the first: one pass of a like-minded reference for up to 16, and no more passes than tokens of a stranger."""
+    passes = []
+
+    def counted(model):
+        other = copy.deepcopy(model)
+        other.model.register_forward_hook(lambda module, args, kwargs, out: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        return other
+
+    settings = dict(max_new_tokens=50, seed=5)
+    replies = common.sample(models[0], PROMPTS, [], mixture=(counted(models[0]), 0.4), **settings)
+    assert all(len(reply) == 50 for (reply,) in replies)
+    assert sum(passes[1:]) == 49 and len(passes) <= 8  # the first is the prompt's
+    passes.clear()
+    common.sample(models[0], PROMPTS, [], mixture=(counted(tiny.model(V, seed=9)), 1 - 1e-6), **settings)
+    assert 49 / 4 < len(passes) - 1 <= 49
 
 
 def test_rows_that_finished_leave_the_batch(models, graphs, monkeypatch):
@@ -181,7 +227,7 @@ def test_families_against_no_cache(graphs, family, implementation):
             weight.mul_(25 if sharp else 4)
     with contextlib.suppress(ValueError):  # a family without sdpa keeps eager
         model.set_attn_implementation(implementation)
-    uniforms = torch.rand(len(PROMPTS) * 2, 8, generator=torch.Generator().manual_seed(5)).view(len(PROMPTS), 2, 8)
+    uniforms = numbers(5, len(PROMPTS), 2, 8)
     expected = [[replay(model, prompt, uniforms[i, k], 8) for k in range(2)] for i, prompt in enumerate(PROMPTS)]
     for decoding in ("eager", "graphs"):
         assert common.sample(model, PROMPTS, [END], completions=2, max_new_tokens=8, seed=5, decoding=decoding) == expected
@@ -221,7 +267,7 @@ def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     # room for 100 rows; 96 is a multiple of 8
     assert common.choose_sample_rows(0, [policy, reference], 40) == 96
     decoder = common._Decoder([policy, reference], 0.5, 0, 4, 1, 33, 8, [END], 1.0, 1.0, "eager")
-    decoder.decode(PROMPTS, torch.zeros(4, 1, 8))
+    decoder.decode(PROMPTS, torch.zeros(4, 1, 8, 3))
     buffers = [b for cache in decoder.caches for layer in cache.layers for b in layer.buffers]
     places = buffers[0].shape[2]
     assert sum(b.numel() * 4 for b in buffers) == 4 * (row - 2 * 24 * V) * places // 40

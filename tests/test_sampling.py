@@ -21,18 +21,43 @@ def next_logprobs(model, prefix, temperature=1.0):
         return torch.log_softmax(model(torch.tensor([prefix])).logits[0, -1].double() / temperature, -1)
 
 
+def first_above(masses, u):
+    """The token at which the running sum of `masses` passes u times their total."""
+    return min(int(torch.searchsorted(masses.cumsum(-1), u.double() * masses.sum(), right=True)), V - 1)
+
+
 def replay(model, prompt, uniforms, steps, temperature=1.0, mixture=None):
-    """One row decoded without cache or batch, from the same uniform numbers."""
+    """One row decoded without cache or batch, from the same uniform numbers (steps, 1 or 3)."""
     reply = []
     for t in range(steps):
         logprobs = next_logprobs(model, prompt + reply, temperature)
+        probs = logprobs.exp()
+        token = first_above(probs, uniforms[t, 0])
         if mixture:
-            logprobs = (1 - mixture[1]) * logprobs + mixture[1] * next_logprobs(mixture[0], prompt + reply, temperature)
-        cdf = logprobs.softmax(-1).cumsum(-1)
-        reply.append(min(int(torch.searchsorted(cdf, uniforms[t].double(), right=True)), V - 1))
+            target = ((1 - mixture[1]) * logprobs + mixture[1] * next_logprobs(mixture[0], prompt + reply, temperature)).softmax(-1)
+            if uniforms[t, 1] >= target[token] / probs[token]:
+                token = first_above((target - probs).clamp(min=0), uniforms[t, 2])
+        reply.append(token)
         if reply[-1] == END:
             break
     return reply
+
+
+def numbers(seed, *shape, mixture=False):
+    """The uniform numbers of `common.sample`, (prompts, completions, tokens, 1 or 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.rand(shape, generator=generator) for _ in range(3 if mixture else 1)], -1)
+
+
+def test_redrawn_tokens_have_the_target_distribution_and_differ_as_rarely_as_can_be():
+    torch.manual_seed(0)
+    n = 200_000
+    source, target = (torch.randn(2, 8) * 1.5).softmax(-1)
+    draft = torch.multinomial(source, n, replacement=True)
+    token = common.accept_or_redraw(draft, source.expand(n, 8), target.expand(n, 8), torch.rand(n), torch.rand(n))
+    assert torch.bincount(token, minlength=8) / n == pytest.approx(target, abs=5e-3)
+    assert (token != draft).double().mean() == pytest.approx(float((source - target).abs().sum() / 2), abs=5e-3)
+    assert torch.equal(common.accept_or_redraw(draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)), draft)
 
 
 @pytest.mark.parametrize("mixture", [None, 0.125, 0.6])
@@ -40,7 +65,7 @@ def test_cache_and_ragged_batch_equal_single_rows_without_cache(models, mixture)
     policy, reference = models
     pair = (reference, mixture) if mixture else None
     replies = common.sample(policy, PROMPTS, [END], completions=3, max_new_tokens=8, seed=5, mixture=pair)
-    uniforms = torch.rand(len(PROMPTS) * 3, 8, generator=torch.Generator().manual_seed(5)).view(len(PROMPTS), 3, 8)
+    uniforms = numbers(5, len(PROMPTS), 3, 8, mixture=mixture is not None)
     for i, prompt in enumerate(PROMPTS):
         for k in range(3):
             assert replies[i][k] == replay(policy, prompt, uniforms[i, k], 8, mixture=pair)
