@@ -1061,27 +1061,27 @@ class _Decoder:
         """Each row's next token from the members' last hidden states, (R, D) and, of the mixed rows, (M, D)."""
         R, M = sum(sizes), sizes[0]
         row, active = self.row[:R], ~self.finished[:R]
-        logprobs = next_logprobs(self.members[0], last[0], self.temperature)  # (R, V)
+        logits = next_logits(self.members[0], last[0], self.temperature)  # (R, V)
         uniforms = self.uniforms[row, self.t]  # (R, 1 or 3)
-        token = self._choose(logprobs, uniforms[:, 0])
+        token = self._choose(logits, uniforms[:, 0])
         if M:
-            token[:M], agree = self._correct(token[:M], logprobs[:M], last[1], uniforms[:M])
+            token[:M], agree = self._correct(token[:M], logits[:M], last[1], uniforms[:M])
             self.agreement += torch.stack([(agree & active[:M]).sum(), active[:M].sum()])
         self.tokens[row, self.t] = token.masked_fill(~active, -1)
         self.token[:R] = token
         self.finished[:R] |= (token[:, None] == self.ends).any(1)
         self.t += 1
 
-    def _choose(self, logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Tokens (R,) from log-probs (R, V) and uniform numbers (R,)."""
-        return logprobs.argmax(-1) if self.temperature == 0 else _inverse_cdf(_nucleus(logprobs, self.top_p), uniforms)
+    def _choose(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """Tokens (R,) from logits (R, V) and uniform numbers (R,)."""
+        return logits.argmax(-1) if self.temperature == 0 else _inverse_cdf(_nucleus(logits, self.top_p), uniforms)
 
     def _correct(self, token, of_policy, last, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixture's tokens (M,), from the policy's `token` (M,) and log-probs (M, V), the reference's last hidden states (M, D) and
+        """The mixture's tokens (M,), from the policy's `token` (M,) and logits (M, V), the reference's last hidden states (M, D) and
         uniforms (M, 3); and where both models favour the same token, (M,)."""
-        of_reference = next_logprobs(self.members[1], last, self.temperature)
-        mixed = F.log_softmax((1 - self.beta) * of_policy + self.beta * of_reference, -1)
+        of_reference = next_logits(self.members[1], last, self.temperature)
         agree = of_policy.argmax(-1) == of_reference.argmax(-1)
+        mixed = of_policy.lerp(of_reference, self.beta)  # up to a constant, the log of π^(1−β) π_ref^β
         if self.temperature == 0:
             return mixed.argmax(-1), agree
         return accept_or_redraw(token, _nucleus(of_policy, self.top_p), _nucleus(mixed, self.top_p), *uniforms.unbind(-1)[1:]), agree
@@ -1159,7 +1159,7 @@ class _DraftingDecoder(_Decoder):
         ended = self.finished[:R]
         for j in range(c):
             hidden.append(self._feed(0, fed[-1][:, None], drawn - 1 + j, P))  # (R, 1, D)
-            fed.append(self._choose(next_logprobs(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]))
+            fed.append(self._choose(next_logits(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]))
             ended = ended | torch.isin(fed[-1], self.ends) | (drawn[:, 0] + j + 1 >= T)
             if ended.all():
                 break
@@ -1167,14 +1167,15 @@ class _DraftingDecoder(_Decoder):
         draft, k = torch.stack(fed[1:], 1), torch.arange(c, device=row.device)  # (R, c)
         right, agree = torch.ones_like(draft, dtype=torch.bool), torch.zeros_like(draft[:M], dtype=torch.bool)
         if M:
-            of_reference = self._feed(1, torch.stack(fed[:-1], 1)[:M], drawn[:M] - 1 + k, P).flatten(0, 1)  # (M·c, D)
-            of_policy, numbers = torch.cat(hidden, 1)[:M].flatten(0, 1), uniforms[:M, :c].flatten(0, 1)
-            drafted, corrected = draft[:M].flatten(), torch.empty(M * c, dtype=torch.long, device=row.device)
-            for part in (slice(i, i + sum(self.full)) for i in range(0, M * c, sum(self.full))):  # no more log-probs at once than rows
-                logprobs = next_logprobs(self.members[0], of_policy[part], self.temperature)
-                corrected[part], agree.view(-1)[part] = self._correct(drafted[part], logprobs, of_reference[part], numbers[part])
-            right[:M] = (corrected == drafted).view(M, c)
-            draft[:M] = corrected.view(M, c)
+            of_reference = self._feed(1, torch.stack(fed[:-1], 1)[:M], drawn[:M] - 1 + k, P)  # (M, c, D)
+            columns = (draft[:M], torch.cat(hidden, 1)[:M], of_reference, uniforms[:M, :c])
+            parts = zip(*(x.flatten(0, 1).split(max(64, R)) for x in columns), strict=True)  # so many rows' log-probs at once
+            corrected, agree = zip(
+                *(self._correct(x, next_logits(self.members[0], h, self.temperature), other, u) for x, h, other, u in parts), strict=True
+            )
+            corrected, agree = torch.cat(corrected).view(M, c), torch.cat(agree).view(M, c)
+            right[:M] = corrected == draft[:M]
+            draft[:M] = corrected
         before = lambda x: x.cumsum(1) - x.long()  # how many at earlier tokens of the row  # noqa: E731
         ends = torch.isin(draft, self.ends)
         keep = active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)  # (R, c) a prefix of the row
@@ -1206,14 +1207,14 @@ class _DraftingDecoder(_Decoder):
         return out.last_hidden_state
 
 
-def next_logprobs(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Next-token log-probs (R, V), float32, of last hidden states (R, D)."""
-    return F.log_softmax(_head_logits(hidden, *head(model)).float().div_(temperature or 1.0), -1)
+def next_logits(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Next-token logits (R, V), float32, divided by the temperature, of last hidden states (R, D)."""
+    return _head_logits(hidden, *head(model)).float().div_(temperature or 1.0)
 
 
-def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """Probabilities (R, V), normalised, of the smallest set of tokens that holds top_p; all of them at 1."""
-    probs = logprobs.exp()
+    probs = logits.softmax(-1)
     if top_p == 1.0:
         return probs
     ordered, index = probs.sort(-1, descending=True)
