@@ -106,15 +106,21 @@ def compare_rankers(
 def report_text(report: dict) -> str:
     """The report as a table."""
     width = max(map(len, report["rankers"]))
+    preferences = any(curve.get("preference_accuracy") is not None for curve in report["rankers"].values())
     lines = [
         f"Best-of-{report['n'][-1]} among samples of π_SFT, {report['prompts']} held-out prompts, by the judge {report['judge']}",
-        f"  {'ranked by':<{width}}   score, N = 1 → {report['n'][-1]:<4}  win rate against N = 1     accuracy on held-out pairs of its kind",
+        f"  {'':<{width}}   {'':16}  {'':23}     accuracy on held-out" + preferences * "    on held-out",
+        f"  {'ranked by':<{width}}   score, N = 1 → {report['n'][-1]:<4}  win rate against N = 1     pairs of its kind"
+        + preferences * "       preferences",
     ]
     for name, curve in report["rankers"].items():
         band = f"[{curve['win_rate_low'][-1]:.3f}, {curve['win_rate_high'][-1]:.3f}]"
-        accuracy = "" if curve.get("separability") is None else f"{curve['separability']:.3f}"
+        separability, preference = (
+            "" if curve.get(key) is None else f"{curve[key]:.3f}" for key in ("separability", "preference_accuracy")
+        )
         lines.append(
-            f"  {name:<{width}}   {curve['score'][0]:.3f} → {curve['score'][-1]:.3f}       {curve['win_rate'][-1]:.3f}  {band}      {accuracy}"
+            f"  {name:<{width}}   {curve['score'][0]:.3f} → {curve['score'][-1]:.3f}       {curve['win_rate'][-1]:.3f}  {band}      "
+            f"{separability:<22}  {preference}".rstrip()
         )
     return "\n".join(lines)
 

@@ -905,7 +905,7 @@ class _Decoder:
     completion, (K, G), the mixed ones first: a prompt's cache then reaches its rows by broadcasting, and the reference's are the first.
     """
 
-    layer, spare = _StaticLayer, 0  # kind of cache; places in it beyond prompt and reply
+    layer, spare, waits = _StaticLayer, 0, False  # kind of cache; places in it beyond prompt and reply; may a step ask the device?
 
     def __init__(self, members, beta, unmixed, G, K, longest_prompt, T, ends, temperature, top_p, decoding):
         self.members, self.beta, self.temperature, self.top_p = members, beta, temperature, top_p
@@ -1084,7 +1084,8 @@ class _Decoder:
         mixed = of_policy.lerp(of_reference, self.beta)  # up to a constant, the log of π^(1−β) π_ref^β
         if self.temperature == 0:
             return mixed.argmax(-1), agree
-        return accept_or_redraw(token, _nucleus(of_policy, self.top_p), _nucleus(mixed, self.top_p), *uniforms.unbind(-1)[1:]), agree
+        source, target = _nucleus(of_policy, self.top_p), _nucleus(mixed, self.top_p)
+        return accept_or_redraw(token, source, target, uniforms[:, 1], uniforms[:, 2], self.waits), agree
 
     def _shrink(self, sizes, left, used: int) -> tuple[int, int]:
         """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that remain."""
@@ -1131,7 +1132,7 @@ class _DraftingDecoder(_Decoder):
     passes, most at about c = √(2 / (1 − a)); a batch waits for its slowest row, hence c = √(1 / (1 − a)). Rows come to stand at different tokens.
     """
 
-    layer, spare = _RaggedLayer, LONGEST_DRAFT
+    layer, spare, waits = _RaggedLayer, LONGEST_DRAFT, True
 
     def __init__(self, members, *args):
         super().__init__(members, *args)
@@ -1231,7 +1232,7 @@ def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def accept_or_redraw(
-    draft: torch.Tensor, source: torch.Tensor, target: torch.Tensor, accept: torch.Tensor, redraw: torch.Tensor
+    draft: torch.Tensor, source: torch.Tensor, target: torch.Tensor, accept: torch.Tensor, redraw: torch.Tensor, waits: bool = True
 ) -> torch.Tensor:
     """Turn draws from one distribution into draws from another that differ as rarely as can be: with probability ½ Σ |target − source|.
 
@@ -1242,12 +1243,16 @@ def accept_or_redraw(
         draft: (R,) token ids drawn from `source`.
         source, target: (R, V) probabilities.
         accept, redraw: (R,) uniform numbers in [0, 1), independent of each other and of the draft.
+        waits: ask the device which rows to redraw; False computes all, which a CUDA graph can do.
 
     Returns: (R,) token ids, distributed as `target`.
     """
     of_draft = lambda probs: probs.gather(-1, draft[:, None])[:, 0]  # noqa: E731
     stands = accept * of_draft(source) < of_draft(target)
-    return torch.where(stands, draft, _inverse_cdf((target - source).clamp(min=0), redraw))
+    rows = (~stands).nonzero()[:, 0] if waits else slice(None)
+    drawn = draft.clone()
+    drawn[rows] = _inverse_cdf((target[rows] - source[rows]).clamp(min=0), redraw[rows])
+    return torch.where(stands, draft, drawn)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -5,7 +5,7 @@
     python benchmark/compare.py cycle --seeds 2       # who keeps all styles alive under an intransitive judge
 
 Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps commands, commit, versions and every summary,
-STUDY.md the table and STUDY.png the curves. Runs share the machine, one thread each on a CPU: their win rates count, their seconds do not.
+STUDY.md the table and STUDY.png the curves. Runs side by side share the machine's cores: their win rates count, their seconds do not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,21 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
-CYCLE = "--judge cycle --tau 0.03 --learning-rate 6e-5 --batch-size 12 --epochs 2 --max-steps 40"
+# Human replies hold more questions and exclamations than SmolLM2's: the study starts from a model of them, made by PREPARE.
+CYCLE = (
+    "--model {run_dir}/cycle-sft/model --judge cycle --eval-judge None --eval-prompts 64 --tau 0.1 --learning-rate 6e-5 --batch-size 12"
+    " --epochs 2 --max-steps 40 --micro-batch-tokens 768"
+)
+PREPARE = {  # study: (file or folder made, the command that makes it)
+    "cycle": (
+        (
+            "{run_dir}/cycle-sft/model",
+            "afd.py --objective forward-kl --min-demonstration-score None --num-prompts 640 --epochs 1 --micro-batch-tokens 768"
+            " --eval-prompts 64 --save-every 0 --run-dir {run_dir} --run-name cycle-sft",
+        ),
+        ("{run_dir}/cycle_reward.json", "benchmark/cycle_reward.py --model {run_dir}/cycle-sft/model --copy {run_dir}/cycle_reward.json"),
+    )
+}
 STUDIES = {  # study: (metrics of the plot, {variant: command})
     "selm": (
         ("score",),
@@ -41,47 +55,54 @@ STUDIES = {  # study: (metrics of the plot, {variant: command})
     "cycle": (
         ("exploitability", "style/question", "style/exclamation", "style/statement"),
         {
-            "Nash-MD, self": f"nash_md.py {CYCLE} --eval-judge None --opponent self",
-            "Nash-MD, mixture": f"nash_md.py {CYCLE} --eval-judge None",
-            "IPO-MD": f"ipo_md.py {CYCLE} --eval-judge None",
-            "online DPO": f"ipo_md.py {CYCLE} --eval-judge None --loss dpo --beta 0 --tau 0.1",
+            "Nash-MD, self": f"nash_md.py {CYCLE} --opponent self",
+            "Nash-MD, mixture": f"nash_md.py {CYCLE}",
+            "IPO-MD": f"ipo_md.py {CYCLE}",
+            "online DPO": f"ipo_md.py {CYCLE} --loss dpo --beta 0",
             # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
-            "RLHF": f"nash_md.py {CYCLE.replace('cycle', 'benchmark/cycle_reward.py:reward')} --eval-judge cycle --objective rlhf",
+            "RLHF": f"nash_md.py {CYCLE.replace('--judge cycle', '--judge benchmark/cycle_reward.py:reward')} --objective rlhf",
         },
     ),
 }
 COLUMNS = ("win_rate", "eval_judge_win_rate", "score_after", "kl", "distinct_2_after", "length_after", "exploitability_after")
 
 
-def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 2, run_dir: str = "runs/compare", flags: str = "") -> None:
+def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_dir: str = "runs/compare", flags: str = "") -> None:
     """Run a study and write its results.
 
     Args:
         study: selm, ipo or cycle.
         seeds: seeds 1 to this number.
-        jobs: runs at once, each with one CPU thread.
+        jobs: runs at once, among which the CPU's cores are divided.
         run_dir: where the run folders go; finished ones are reused.
         flags: more flags for every run, in one string.
     """
     if study not in STUDIES:
         sys.exit(f"error: no study {study!r}; there are {', '.join(STUDIES)}.")
     metrics, variants = STUDIES[study]
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    run_dir = str(Path(run_dir).resolve())
     runs = [(name, seed, f"{command} --seed {seed} {flags}".strip()) for seed in range(1, seeds + 1) for name, command in variants.items()]
+
+    def start(command: str, log: Path) -> None:
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        with open(log, "w") as lines:
+            words = [sys.executable, *command.format(run_dir=run_dir).split()]
+            done = subprocess.run(words, cwd=ROOT, stdout=lines, stderr=lines, env={**os.environ, **threads}, check=False)
+        if done.returncode:
+            print(f"failed: {command}; see {log}", file=sys.stderr)
 
     def run(item) -> tuple[str, int, str, Path]:
         name, seed, command = item
         folder = Path(run_dir) / f"{study}-{list(variants).index(name)}-seed{seed}"
         if not (folder / "summary.json").exists():
-            words = [sys.executable, *command.split(), "--save-every", "0", "--run-dir", run_dir, "--run-name", folder.name]
-            with open(Path(run_dir) / f"{folder.name}.log", "w") as log:
-                done = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-            if done.returncode:
-                print(f"failed: {command}; see {log.name}", file=sys.stderr)
+            start(f"{command} --save-every 0 --run-dir {run_dir} --run-name {folder.name}", folder.with_suffix(".log"))
         print(f"done: {name}, seed {seed}", flush=True)
-        return name, seed, command, folder
+        return name, seed, command.format(run_dir=run_dir), folder
 
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    run_dir = str(Path(run_dir).resolve())
+    for i, (made, command) in enumerate(PREPARE.get(study, ())):
+        if not Path(made.format(run_dir=run_dir)).exists():
+            start(command, Path(run_dir) / f"{study}-prepare-{i}.log")
     with ThreadPoolExecutor(jobs) as pool:
         finished = [item for item in pool.map(run, runs) if (item[3] / "summary.json").exists()]
     rows, origin = [], {}
@@ -118,7 +139,7 @@ def table(rows: list[dict], variants: list[str]) -> str:
 
 
 def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: Path) -> None:
-    """A panel a metric over steps: a thin line a seed, a thick one their mean."""
+    """A panel a metric over steps: a thin line a seed, a thick one the mean over seeds and five steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,6 +156,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
                 axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.8)
             if curves:
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
+                mean = [sum(near) / len(near) for near in (mean[max(0, t - 2) : t + 3] for t in range(len(mean)))]
                 axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=name)
         axis.set_xlabel("optimiser step")
         axis.set_title({"score": "judge's score of the sampled replies"}.get(metric, metric), fontsize=10)

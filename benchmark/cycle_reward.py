@@ -56,8 +56,8 @@ def fit(first: list[str], second: list[str]) -> torch.Tensor:
     return (r - r.mean()).detach()
 
 
-def main(model: str = "smollm2-135m", prompts: int = 512) -> None:
-    """Sample two replies to each of `prompts` training prompts of chitchat from `model`, fit, write."""
+def main(model: str = "smollm2-135m", prompts: int = 512, copy: str | None = None) -> None:
+    """Sample two replies to each of `prompts` training prompts of chitchat from `model`, fit, write; also to the file `copy`."""
     device = torch.device("cpu")
     policy = common.load_model(model, common.resolve_dtype("auto", device), device, "eager")
     tokenizer = common.load_tokenizer(model)
@@ -76,7 +76,8 @@ def main(model: str = "smollm2-135m", prompts: int = 512) -> None:
         "reward": dict(zip(STYLES, fitted.tolist(), strict=True)),
         **experiment.environment(),
     }
-    FITTED.write_text(json.dumps(result, indent=1) + "\n")
+    for path in [FITTED, *([Path(copy)] if copy else [])]:
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("pairs", "shares", "reward")}, indent=1))
 
 

@@ -54,7 +54,9 @@ def test_redrawn_tokens_have_the_target_distribution_and_differ_as_rarely_as_can
     n = 200_000
     source, target = (torch.randn(2, 8) * 1.5).softmax(-1)
     draft = torch.multinomial(source, n, replacement=True)
-    token = common.accept_or_redraw(draft, source.expand(n, 8), target.expand(n, 8), torch.rand(n), torch.rand(n))
+    given = (draft, source.expand(n, 8), target.expand(n, 8), torch.rand(n), torch.rand(n))
+    token = common.accept_or_redraw(*given)
+    assert torch.equal(token, common.accept_or_redraw(*given, waits=False))
     assert torch.bincount(token, minlength=8) / n == pytest.approx(target, abs=5e-3)
     assert (token != draft).double().mean() == pytest.approx(float((source - target).abs().sum() / 2), abs=5e-3)
     assert torch.equal(common.accept_or_redraw(draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)), draft)
