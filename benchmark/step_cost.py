@@ -1,6 +1,6 @@
-"""What the extras cost: SELM's exploration term, and sampling from a mixture. Ratios within one run, on the default model.
+"""What SELM's exploration term costs. Ratios within one run, on the default model.
 
-    python benchmark/step_cost.py            # about four minutes on two cores; writes benchmark/results/step_cost.json
+    python benchmark/step_cost.py            # about two minutes on two cores; writes benchmark/results/step_cost.json
 
 Times are medians over rounds in which the variants take turns, so that a slow minute of the machine hits all of them.
 """
@@ -77,18 +77,6 @@ def main(
         return lambda: selm.train_step(args, policy, optimiser, pairs, alpha, 1e-12, [2], where, experiment.Run("step_cost", args, 1), 1)
 
     steps = in_turn({"alpha 0": step(0.0), "alpha > 0, K = 2": step(0.001), "alpha > 0, a third of y_s apart": step(0.001, 1 / 3)}, rounds)
-    optimiser.release()
-    policy.requires_grad_(False)
-    experiment.give_back_freed_memory()
-
-    reference = common.load_model(model, dtype, where, attention)
-    rng = random.Random(1)
-    prompts = [[rng.randrange(5, 40_000) for _ in range(50)] for _ in range(16)]
-    common.sample(policy, prompts, [-1], max_new_tokens=8, seed=0, mixture=(reference, 0.125))  # warm up
-    sampling = {}
-    for length in (32, 64, 128):
-        draw = lambda mixture=None, length=length: common.sample(policy, prompts, [-1], max_new_tokens=length, seed=0, mixture=mixture)  # noqa: E731
-        sampling[length] = in_turn({"policy": draw, "mixture": lambda draw=draw: draw((reference, 0.125))}, max(1, rounds // 2), warmup=0)
 
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -96,9 +84,6 @@ def main(
         "train_step_seconds": steps,
         "train_step_ratio_K2": steps["alpha > 0, K = 2"] / steps["alpha 0"],
         "train_step_ratio_third_apart": steps["alpha > 0, a third of y_s apart"] / steps["alpha 0"],
-        "sampling_seconds": sampling,
-        "mixture_ratio": {length: t["mixture"] / t["policy"] for length, t in sampling.items()},
-        "mixture_seconds_per_new_token": {length: t["mixture"] / length for length, t in sampling.items()},
     }
     Path(out).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
