@@ -6,7 +6,7 @@ Sections, in the order data flows:
     models          a recipe name, hub id or folder becomes a policy and its tokenizer; LoRA; references
     data            named sets, hub ids and files become rows; what is dropped is counted
     tokenization    prompts and responses become token ids
-    sampling        one decode loop for one model or a per-token mixture of two
+    sampling        replies of one model or of a per-token mixture of two; the loop itself is in decoding.py
     log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix; micro-batches
 
 Conventions. A completion is the list of its token ids, up to and including the first end-of-sequence
@@ -21,17 +21,15 @@ import difflib
 import gzip
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,7 +278,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: s
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
         ids = torch.arange(4, device=device)[None] + 5
         hidden = backbone(model)(input_ids=ids).last_hidden_state
-        expected, ours = model(input_ids=ids).logits.float(), _head_logits(hidden, *head(model)).float()
+        expected, ours = model(input_ids=ids).logits.float(), head_logits(hidden, *head(model)).float()
     require(
         torch.allclose(expected, ours, atol=0.1, rtol=0.05),
         f"--model {name}: this architecture computes its logits in a way that is not supported yet.",
@@ -731,10 +729,12 @@ def sample(
         decoding: how a step is launched, see `resolve_decoding`.
         stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch shape, captures and
             compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same, and
-            where it drafts (`_DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws too.
+            where it drafts (`decoding.DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws too.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
+    from decoding import Decoder, DraftingDecoder  # here, since decoding.py builds on this file
+
     reference, beta = mixture or (None, 0.0)
     if beta == 1 and not unmixed:
         model, reference = reference, None
@@ -755,7 +755,7 @@ def sample(
     batches = -(-len(prompts) // max(1, max_rows // completions))
     step = -(-len(prompts) // batches)  # batches of one size
     drafts = reference is not None and resolve_decoding(decoding, head(model)[0].device) == "eager"
-    kind = _DraftingDecoder if drafts else _Decoder
+    kind = DraftingDecoder if drafts else Decoder
     decoder = kind(members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
     for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
         chunk = order[start : start + step]
@@ -848,411 +848,7 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention of one token a row, (R, H, 1, D), over its cache, (R, H_kv, L, D); returns (R, 1, H, D).
-
-    The query heads that share a key head become its queries, so that the cache is read once, not repeated H / H_kv times.
-    """
-    R, H, _, D = query.shape
-    query = query.reshape(R, key.shape[1], -1, D)  # (R, H_kv, H / H_kv, D)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(R, 1, H, -1), None
-
-
-transformers.AttentionInterface.register("grouped", _grouped_attention)
-
-
-@contextlib.contextmanager
-def _attention_of_one_token(model):
-    """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores (Gemma-2)."""
-    config = backbone(model).config
-    own = config._attn_implementation
-    if getattr(config, "attn_logit_softcapping", None) is None:
-        config._attn_implementation = "grouped"
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
-
-
-class _StaticLayer(transformers.cache_utils.DynamicLayer):
-    """One layer's keys and values in buffers that stay where they are; the new token's place in them is a tensor."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor):
-        super().__init__()
-        self.buffers, self.place, self.is_initialized = (keys, values), place, True
-
-    def look_at(self, rows: int, length: int) -> None:
-        """Work on the first `rows` rows and `length` places."""
-        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self.buffers)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys.index_copy_(2, self.place, key_states)
-        self.values.index_copy_(2, self.place, value_states)
-        return self.keys, self.values
-
-
-CHECK_EVERY = {"cpu": 1}  # tokens between two looks at which rows finished; elsewhere 16, as each look waits for the device
-LADDER = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)  # batch sizes worth a graph, as shares of the full one
 PREFILL_TOKENS = 2**16  # prompt tokens in one forward pass
-
-
-class _Decoder:
-    """Decodes batch after batch in buffers of one size.
-
-    A step feeds each row's last token and draws its next one. It reads and writes device tensors that stay where they are and asks
-    the device nothing, so that the host runs ahead, and the step can be captured as a CUDA graph. Rows stand completion by
-    completion, (K, G), the mixed ones first: a prompt's cache then reaches its rows by broadcasting, and the reference's are the first.
-    """
-
-    layer, spare, waits = _StaticLayer, 0, False  # kind of cache; places in it beyond prompt and reply; may a step ask the device?
-
-    def __init__(self, members, beta, unmixed, G, K, longest_prompt, T, ends, temperature, top_p, decoding):
-        self.members, self.beta, self.temperature, self.top_p = members, beta, temperature, top_p
-        device = head(members[0])[0].device
-        self.decoding = resolve_decoding(decoding, device)
-        self.check_every = CHECK_EVERY.get(device.type, 16)
-        self.granule = 16 if self.decoding == "eager" else 128  # the cache is read up to a multiple of so many places
-        self.forwards = [torch.compile(backbone(m), dynamic=True) if self.decoding == "compiled" else backbone(m) for m in members]
-        self.kinds = (K - unmixed, unmixed) if len(members) == 2 else (0, K)  # completions with and without the mixture
-        self.full = tuple(G * k for k in self.kinds)  # and rows
-        self.caches: list = [None for _ in members]  # made by the first prefill, which knows their shapes
-        R, self.L = G * K, round_up(longest_prompt + T - 1 + self.spare, self.granule)
-        integers = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
-        self.row, self.token, self.position = integers(R), integers(R), integers(R)  # its output row, last token, that token's position
-        self.finished = torch.zeros(R, dtype=torch.bool, device=device)
-        self.mask = torch.zeros(R, 1, 1, self.L, dtype=head(members[0])[0].dtype, device=device)  # added to the attention's scores
-        self.by_row = [self.row, self.token, self.position, self.finished, self.mask]  # what moves when rows leave the batch
-        self.place, self.t = integers(1), integers(1)  # where in the cache the next token goes; how many were drawn
-        self.uniforms, self.tokens = torch.zeros(R, T, 2 * len(members) - 1, device=device), integers(R, T)  # by output row
-        self.ends = torch.tensor(ends, device=device)
-        self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
-        self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
-
-    def decode(self, prompts: list[list[int]], uniforms: torch.Tensor) -> list[list[list[int]]]:
-        """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T, 1), or for a mixture (G, K, T, 3)."""
-        G, K, T, _ = uniforms.shape
-        order = [*range(K - self.kinds[0], K), *range(K - self.kinds[0])]  # of the completions
-        self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).flatten(0, 1)
-        self.tokens.fill_(-1)
-        self.row[: G * K] = torch.arange(G * K)
-        self.finished.zero_()
-        self.t.zero_()
-        sizes = tuple(G * k for k in self.kinds)
-        self._continue(sizes, self._prefill(prompts, sizes), T)
-        replies = [[i for i in reply if i >= 0] for reply in self.tokens[: G * K].tolist()]
-        return [[replies[order.index(k) * G + g] for k in range(K)] for g in range(G)]
-
-    def _continue(self, sizes, P: int, T: int) -> None:
-        """From each row's first token to its last: all rows stand at the same token."""
-        for t in range(1, T):
-            if t % self.check_every == 0:
-                left = self._left(sizes)
-                if not any(left):
-                    break
-                sizes = self._shrink(sizes, left, P + t)
-            self._advance(sizes, round_up(P + t, self.granule))
-
-    def _left(self, sizes) -> tuple[int, int]:
-        """How many rows of either kind have not finished; waits for the device."""
-        finished = self.finished[: sum(sizes)].tolist()
-        return finished[: sizes[0]].count(False), finished[sizes[0] :].count(False)
-
-    def _prefill(self, prompts, sizes) -> int:
-        """Run each prompt once, copy its cache to its rows, draw the first tokens; returns the padded prompts' length P."""
-        ids, mask = left_pad(prompts, self.token.device)  # (G, P)
-        G, P = ids.shape
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        last = []
-        for i, member in enumerate(self.members):
-            K = sum(sizes) // G if i == 0 else self.kinds[0]
-            hidden = []
-            for start in range(0, G, max(1, PREFILL_TOKENS // P)):
-                part = slice(start, start + max(1, PREFILL_TOKENS // P))
-                cache = transformers.DynamicCache()
-                with adapter_switch(member):
-                    out = backbone(member)(
-                        input_ids=ids[part],
-                        attention_mask=mask[part],
-                        position_ids=positions[part],
-                        past_key_values=cache,
-                        use_cache=True,
-                    )
-                hidden.append(out.last_hidden_state[:, -1])
-                if self.caches[i] is None:
-                    rows = sum(self.full) if i == 0 else self.full[0]
-                    shape = lambda x: (rows, x.shape[1], self.L, x.shape[3])  # noqa: B023, E731
-                    layers = [self.layer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place) for old in cache.layers]
-                    self.caches[i] = transformers.Cache(layers=layers)
-                for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
-                    for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
-                        buffer[: K * G].unflatten(0, (K, G))[:, part, :, :P] = new
-            last.append(torch.cat(hidden).repeat(K, 1))  # (K·G, D)
-        blocked = torch.finfo(self.mask.dtype).min
-        self.mask.fill_(blocked)
-        K = sum(sizes) // G
-        self.mask[: K * G].view(K, G, self.L)[:, :, :P] = (1 - mask).to(self.mask.dtype) * blocked
-        self.position[: K * G] = mask.sum(1).repeat(K)
-        self.place.fill_(P)
-        self._draw(sizes, last)
-        return P
-
-    def _advance(self, sizes, length: int) -> None:
-        """One step: a shape of the batch runs as it is when first met, which warms it up, and from the second time on as a graph."""
-        shape = (*sizes, length)
-        if self.decoding == "eager":
-            self._step(sizes, length)
-        elif shape in self.graphs:
-            self.graphs[shape]()
-        else:
-            self._wait()
-            start = time.perf_counter()
-            if shape not in self.seen:
-                self.seen.add(shape)
-                self._step(sizes, length)
-                self._wait()
-            else:
-                self.graphs[shape] = self._capture(lambda: self._step(sizes, length))
-            self.warmup_seconds += time.perf_counter() - start
-            if shape in self.graphs:
-                self.graphs[shape]()
-
-    def _wait(self) -> None:
-        if self.token.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _capture(self, step: Callable) -> Callable:
-        """Record `step`, without running it, as a CUDA graph; returns what replays it."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UserError(f"this model's decode step cannot be captured as a CUDA graph ({error}). Use --decoding eager.") from error
-        self.pool = graph.pool()  # graphs run one after the other: they share the memory of their intermediate results
-        return graph.replay
-
-    def _step(self, sizes, length: int) -> None:
-        """Feed every row's last token and draw its next: only kernels on tensors that stay where they are."""
-        rows = (sum(sizes), sizes[0])
-        self.mask[: rows[0]].index_fill_(3, self.place, 0.0)
-        last = []
-        for member, forward, cache, n in zip(self.members, self.forwards, self.caches, rows, strict=False):
-            if n == 0:  # every row of the mixture has finished
-                break
-            for layer in cache.layers:
-                layer.look_at(n, length)
-            with adapter_switch(member), _attention_of_one_token(member):
-                out = forward(
-                    input_ids=self.token[:n, None],
-                    attention_mask=self.mask[:n, :, :, :length],
-                    position_ids=self.position[:n, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            last.append(out.last_hidden_state[:, -1])
-        self.place += 1
-        self.position += 1
-        self._draw(sizes, last)
-
-    def _draw(self, sizes, last: list[torch.Tensor]) -> None:
-        """Each row's next token from the members' last hidden states, (R, D) and, of the mixed rows, (M, D)."""
-        R, M = sum(sizes), sizes[0]
-        row, active = self.row[:R], ~self.finished[:R]
-        logits = next_logits(self.members[0], last[0], self.temperature)  # (R, V)
-        uniforms = self.uniforms[row, self.t]  # (R, 1 or 3)
-        token = self._choose(logits, uniforms[:, 0])
-        if M:
-            token[:M], agree = self._correct(token[:M], logits[:M], last[1], uniforms[:M])
-            self.agreement += torch.stack([(agree & active[:M]).sum(), active[:M].sum()])
-        self.tokens[row, self.t] = token.masked_fill(~active, -1)
-        self.token[:R] = token
-        self.finished[:R] |= (token[:, None] == self.ends).any(1)
-        self.t += 1
-
-    def _choose(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Tokens (R,) from logits (R, V) and uniform numbers (R,)."""
-        return logits.argmax(-1) if self.temperature == 0 else _inverse_cdf(_nucleus(logits, self.top_p), uniforms)
-
-    def _correct(self, token, of_policy, last, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixture's tokens (M,), from the policy's `token` (M,) and logits (M, V), the reference's last hidden states (M, D) and
-        uniforms (M, 3); and where both models favour the same token, (M,)."""
-        of_reference = next_logits(self.members[1], last, self.temperature)
-        agree = of_policy.argmax(-1) == of_reference.argmax(-1)
-        mixed = of_policy.lerp(of_reference, self.beta)  # up to a constant, the log of π^(1−β) π_ref^β
-        if self.temperature == 0:
-            return mixed.argmax(-1), agree
-        source, target = _nucleus(of_policy, self.top_p), _nucleus(mixed, self.top_p)
-        return accept_or_redraw(token, source, target, uniforms[:, 1], uniforms[:, 2], self.waits), agree
-
-    def _shrink(self, sizes, left, used: int) -> tuple[int, int]:
-        """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that remain."""
-        smaller = left
-        if self.decoding != "eager":
-            share = min(s for s in LADDER if all(math.ceil(f * s) >= n for f, n in zip(self.full, left, strict=True)))
-            smaller = tuple(min(n, math.ceil(f * share)) for f, n in zip(self.full, sizes, strict=True))
-        if sum(smaller) > 0.9 * sum(sizes):  # copying the caches costs; a few idle rows cost less
-            return sizes
-        M, n = sizes[0], sum(sizes)
-        first = lambda finished, count: finished.byte().argsort(stable=True)[:count]  # unfinished ones, in their order  # noqa: E731
-        keep = torch.cat([first(self.finished[:M], smaller[0]), M + first(self.finished[M:n], smaller[1])])
-        for state in self.by_row:
-            state[: len(keep)] = state[keep]
-        for cache, rows in zip(self.caches, (keep, keep[: smaller[0]]), strict=False):
-            for buffer in (buffer for layer in cache.layers for buffer in layer.buffers):
-                buffer[: len(rows), :, :used] = buffer[rows, :, :used]
-        return smaller
-
-
-class _RaggedLayer(_StaticLayer):
-    """One layer's keys and values, where each row's new tokens have places of their own."""
-
-    def look_at(self, rows: int, length: int, places: torch.Tensor) -> None:
-        """Work on the first `rows` rows and `length` places; the new tokens' are `places`, (rows, c)."""
-        super().look_at(rows, length)
-        self.place = torch.arange(rows, device=places.device)[:, None], slice(None), places
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys[self.place] = key_states.transpose(1, 2)
-        self.values[self.place] = value_states.transpose(1, 2)
-        return self.keys, self.values
-
-
-LONGEST_DRAFT = 16  # tokens
-
-
-class _DraftingDecoder(_Decoder):
-    """Decodes a mixture with few forward passes of the reference, where these cost more than their arithmetic (a CPU reads all weights in each).
-
-    The policy drafts c tokens of every row; the reference reads the mixed rows' drafts in one pass; a mixed row keeps them up to the first
-    that `accept_or_redraw` changes. This is speculative decoding (arXiv 2211.17192) where the target is the mixture and the draft model is
-    part of it, and the tokens are those of `_Decoder`. If a share a of the drafts stands, a row gains (1 − aᶜ) / (1 − a) tokens in c + 1
-    passes, most at about c = √(2 / (1 − a)); a batch waits for its slowest row, hence c = √(1 / (1 − a)). Rows come to stand at different tokens.
-    """
-
-    layer, spare, waits = _RaggedLayer, LONGEST_DRAFT, True
-
-    def __init__(self, members, *args):
-        super().__init__(members, *args)
-        self.drawn = torch.ones_like(self.row)  # tokens that the row has
-        self.by_row.append(self.drawn)
-        self.accepted, self.compared = 0, 0  # drafts of mixed rows
-
-    def _continue(self, sizes, P: int, T: int) -> None:
-        self.drawn.fill_(1)
-        self.finished |= self.drawn == T
-        while any(left := self._left(sizes)):
-            n = sum(sizes)
-            sizes = self._shrink(sizes, left, P + int(self.drawn[:n].max()))
-            remaining = T - int(self.drawn[: sum(sizes)].masked_fill(self.finished[: sum(sizes)], T).min())
-            doubt = (1 + self.compared - self.accepted) / (30 + self.compared)  # 1 − a, taken for 1 / 30 to begin with
-            c = min(LONGEST_DRAFT, remaining, max(1, int((1 / doubt) ** 0.5)))
-            self._round((sizes[0] if left[0] else 0, sum(sizes)), c, P, T)
-
-    def _round(self, rows: tuple[int, int], c: int, P: int, T: int) -> None:
-        """Draft up to c tokens of all R rows, of which the first M are mixed, correct those, and keep what stands."""
-        M, R = rows
-        row, drawn, active = self.row[:R, None], self.drawn[:R, None], ~self.finished[:R, None]
-        uniforms = self.uniforms[row, (drawn + torch.arange(c, device=row.device)).clamp(max=T - 1)]  # (R, c, 3)
-        fed, hidden = [self.token[:R]], []
-        ended = self.finished[:R]
-        for j in range(c):
-            hidden.append(self._feed(0, fed[-1][:, None], drawn - 1 + j, P))  # (R, 1, D)
-            fed.append(self._choose(next_logits(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]))
-            ended = ended | torch.isin(fed[-1], self.ends) | (drawn[:, 0] + j + 1 >= T)
-            if ended.all():
-                break
-        c = len(hidden)
-        draft, k = torch.stack(fed[1:], 1), torch.arange(c, device=row.device)  # (R, c)
-        right, agree = torch.ones_like(draft, dtype=torch.bool), torch.zeros_like(draft[:M], dtype=torch.bool)
-        if M:
-            of_reference = self._feed(1, torch.stack(fed[:-1], 1)[:M], drawn[:M] - 1 + k, P)  # (M, c, D)
-            columns = (draft[:M], torch.cat(hidden, 1)[:M], of_reference, uniforms[:M, :c])
-            parts = zip(*(x.flatten(0, 1).split(max(64, R)) for x in columns), strict=True)  # so many rows' log-probs at once
-            corrected, agree = zip(
-                *(self._correct(x, next_logits(self.members[0], h, self.temperature), other, u) for x, h, other, u in parts), strict=True
-            )
-            corrected, agree = torch.cat(corrected).view(M, c), torch.cat(agree).view(M, c)
-            right[:M] = corrected == draft[:M]
-            draft[:M] = corrected
-        before = lambda x: x.cumsum(1) - x.long()  # how many at earlier tokens of the row  # noqa: E731
-        ends = torch.isin(draft, self.ends)
-        keep = active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)  # (R, c) a prefix of the row
-        self.tokens[row.expand(R, c)[keep], (drawn + k)[keep]] = draft[keep]
-        self.agreement += torch.stack([(agree & keep[:M]).sum(), keep[:M].sum()])
-        self.accepted += int((right & keep)[:M].sum())
-        self.compared += int(keep[:M].sum())
-        kept = keep.sum(1)
-        self.token[:R] = draft.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
-        self.drawn[:R] += kept
-        self.finished[:R] |= (ends & keep).any(1) | (self.drawn[:R] >= T)
-
-    def _feed(self, i: int, ids: torch.Tensor, t: torch.Tensor, P: int) -> torch.Tensor:
-        """Last hidden states (R, c, D) of member i, fed with every row's tokens (R, c) number t (R, c), behind P places of the prompt."""
-        (R, c), member = ids.shape, self.members[i]
-        places, length = P + t, round_up(P + int(t.max()) + 1, self.granule)
-        new = torch.arange(length, device=ids.device)
-        visible = (new >= P) & (new <= places[:, None, :, None])  # (R, 1, c, L)
-        for layer in self.caches[i].layers:
-            layer.look_at(R, length, places)
-        with adapter_switch(member), _attention_of_one_token(member) if c == 1 else contextlib.nullcontext():
-            out = self.forwards[i](
-                input_ids=ids,
-                attention_mask=self.mask[:R, :, :, :length].masked_fill(visible, 0.0),
-                position_ids=self.position[:R, None] + t.clamp(max=self.tokens.shape[1] - 2),  # a draft may go on behind the reply's end
-                past_key_values=self.caches[i],
-                use_cache=True,
-            )
-        return out.last_hidden_state
-
-
-def next_logits(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Next-token logits (R, V), float32, divided by the temperature, of last hidden states (R, D)."""
-    return _head_logits(hidden, *head(model)).float().div_(temperature or 1.0)
-
-
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Probabilities (R, V), normalised, of the smallest set of tokens that holds top_p; all of them at 1."""
-    probs = logits.softmax(-1)
-    if top_p == 1.0:
-        return probs
-    ordered, index = probs.sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p  # a token stays if the mass before it is below top_p
-    probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    return probs / probs.sum(-1, keepdim=True)
-
-
-def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF draw: (R, V) probabilities, up to a factor, and (R,) uniforms in [0, 1) to (R,) token ids."""
-    cdf = probs.cumsum(-1)
-    token = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True)[:, 0]
-    return token.clamp(max=probs.shape[-1] - 1)
-
-
-def accept_or_redraw(
-    draft: torch.Tensor, source: torch.Tensor, target: torch.Tensor, accept: torch.Tensor, redraw: torch.Tensor, waits: bool = True
-) -> torch.Tensor:
-    """Turn draws from one distribution into draws from another that differ as rarely as can be: with probability ½ Σ |target − source|.
-
-    A draft stands with probability min(1, target / source); else it is redrawn from the part of target above source. This is the test
-    of speculative decoding (arXiv 2211.17192, Algorithm 1 and Theorem 3.5).
-
-    Args:
-        draft: (R,) token ids drawn from `source`.
-        source, target: (R, V) probabilities.
-        accept, redraw: (R,) uniform numbers in [0, 1), independent of each other and of the draft.
-        waits: ask the device which rows to redraw; False computes all, which a CUDA graph can do.
-
-    Returns: (R,) token ids, distributed as `target`.
-    """
-    of_draft = lambda probs: probs.gather(-1, draft[:, None])[:, 0]  # noqa: E731
-    stands = accept * of_draft(source) < of_draft(target)
-    rows = (~stands).nonzero()[:, 0] if waits else slice(None)
-    drawn = draft.clone()
-    drawn[rows] = _inverse_cdf((target[rows] - source[rows]).clamp(min=0), redraw[rows])
-    return torch.where(stands, draft, drawn)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -1367,7 +963,7 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     return result, torch.zeros_like(result).masked_scatter(counted, entropies)
 
 
-def _head_logits(hidden, weight, bias, softcap):
+def head_logits(hidden, weight, bias, softcap):
     logits = F.linear(hidden.to(weight.dtype), weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -1389,7 +985,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, normalizers = (torch.empty(N, device=hidden.device) for _ in range(2))
         entropies = torch.zeros(N, device=hidden.device)
         for rows in _chunks(N, weight):
-            logits = _head_logits(hidden[rows], weight, bias, softcap).float()  # (n, V)
+            logits = head_logits(hidden[rows], weight, bias, softcap).float()  # (n, V)
             if temperature is not None:
                 logits.div_(temperature[rows])
             greatest = logits.amax(-1, keepdim=True)
@@ -1410,7 +1006,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = grad_bias = None
         for rows in _chunks(len(hidden), weight):
-            logits = _head_logits(hidden[rows], weight, bias, ctx.softcap).float()  # (n, V)
+            logits = head_logits(hidden[rows], weight, bias, ctx.softcap).float()  # (n, V)
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft cap
             scale = grad[rows, None]
             if temperature is not None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import common
+import decoding
 import experiment
 import selm
 
@@ -65,7 +66,7 @@ def graphs(monkeypatch):
             x.copy_(kept)  # capturing does not run the step
         return recorders[-1].replay
 
-    monkeypatch.setattr(common._Decoder, "_capture", capture)
+    monkeypatch.setattr(decoding.Decoder, "_capture", capture)
     monkeypatch.setattr(common, "resolve_decoding", lambda decoding, device: decoding if decoding != "auto" else "eager")
     return recorders
 
@@ -98,7 +99,7 @@ def test_recorded_steps_draw_the_same_tokens(models, world, graphs, monkeypatch,
     expected = common.sample(policy, prompts, [END, 7], stats=plain, **settings)
     assert ("mixture" in case) == ("draft_acceptance" in plain)
     plain.pop("draft_acceptance", None)
-    monkeypatch.setitem(common.CHECK_EVERY, "cpu", every)
+    monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", every)
     assert common.sample(policy, prompts, [END, 7], stats=ours, decoding="graphs", **settings) == expected
     assert graphs and sum(len(recorder.calls) for recorder in graphs) > 100
     assert plain.pop("warmup_seconds") == plain.pop("warmup_steps") == 0 < ours.pop("warmup_seconds")
@@ -110,7 +111,7 @@ def test_a_compiled_step_is_one_graph_and_draws_the_same_tokens(models, graphs, 
     """Without a code generator, which tests need not have: what `torch.compile` makes of Python is what could go wrong here."""
     compile_step = functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", compile_step)
-    monkeypatch.setattr(common._Decoder, "_capture", lambda self, step: step)
+    monkeypatch.setattr(decoding.Decoder, "_capture", lambda self, step: step)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     settings = dict(completions=5, max_new_tokens=8, seed=5, mixture=(models[1], 0.3), unmixed=2)
@@ -138,7 +139,7 @@ def test_drafts_end_in_the_tokens_of_one_token_at_a_time(models, graphs, monkeyp
     settings = dict(completions=5, max_new_tokens=40, seed=5, mixture=(reference, 0.4), unmixed=2)
     plain, ours = {}, {}
     expected = common.sample(models[0], PROMPTS, ends, stats=plain, decoding="graphs", **settings)
-    monkeypatch.setattr(common, "LONGEST_DRAFT", longest)
+    monkeypatch.setattr(decoding, "LONGEST_DRAFT", longest)
     assert common.sample(models[0], PROMPTS, ends, stats=ours, **settings) == expected
     assert ours["agreement"] == plain["agreement"] and ours["tokens"] == plain["tokens"]
     assert (ours["draft_acceptance"] == 1.0) == (scale == 0)
@@ -164,10 +165,10 @@ def test_drafts_save_passes_of_the_reference(models):
 
 def test_rows_that_finished_leave_the_batch(models, graphs, monkeypatch):
     """Batches get smaller down the ladder, and a batch of which every row has finished stops."""
-    monkeypatch.setitem(common.CHECK_EVERY, "cpu", 2)
+    monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", 2)
     shapes = []
-    step = common._Decoder._step
-    monkeypatch.setattr(common._Decoder, "_step", lambda self, sizes, length: (shapes.append(sum(sizes)), step(self, sizes, length))[1])
+    step = decoding.Decoder._step
+    monkeypatch.setattr(decoding.Decoder, "_step", lambda self, sizes, length: (shapes.append(sum(sizes)), step(self, sizes, length))[1])
     prompts = [[5, 6, 7]] * 64
     replies = common.sample(models[0], prompts, [END, 7, 8, 9, 10, 11], max_new_tokens=200, seed=0, decoding="graphs")
     longest = max(len(group[0]) for group in replies)
@@ -229,8 +230,8 @@ def test_families_against_no_cache(graphs, family, implementation):
         model.set_attn_implementation(implementation)
     uniforms = numbers(5, len(PROMPTS), 2, 8)
     expected = [[replay(model, prompt, uniforms[i, k], 8) for k in range(2)] for i, prompt in enumerate(PROMPTS)]
-    for decoding in ("eager", "graphs"):
-        assert common.sample(model, PROMPTS, [END], completions=2, max_new_tokens=8, seed=5, decoding=decoding) == expected
+    for way in ("eager", "graphs"):
+        assert common.sample(model, PROMPTS, [END], completions=2, max_new_tokens=8, seed=5, decoding=way) == expected
     assert model.config._attn_implementation in ("sdpa", "eager")  # as before
 
 
@@ -266,7 +267,7 @@ def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     policy.requires_grad_(False)
     # room for 100 rows; 96 is a multiple of 8
     assert common.choose_sample_rows(0, [policy, reference], 40) == 96
-    decoder = common._Decoder([policy, reference], 0.5, 0, 4, 1, 33, 8, [END], 1.0, 1.0, "eager")
+    decoder = decoding.Decoder([policy, reference], 0.5, 0, 4, 1, 33, 8, [END], 1.0, 1.0, "eager")
     decoder.decode(PROMPTS, torch.zeros(4, 1, 8, 3))
     buffers = [b for cache in decoder.caches for layer in cache.layers for b in layer.buffers]
     places = buffers[0].shape[2]

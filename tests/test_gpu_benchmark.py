@@ -12,14 +12,16 @@ sys.path.append(str(ROOT / "benchmark"))
 
 import gpu  # noqa: E402
 
+import decoding  # noqa: E402
+
 
 def test_bytes_of_a_step_are_those_of_weights_and_caches(tmp_path, monkeypatch):
     """With a bandwidth of 1 byte a second the bound is the number of bytes: counted here from the tensors themselves."""
     device = torch.device("cpu")
     monkeypatch.setattr(gpu, "ceilings", lambda *_: {"copy_bytes_per_second": 1.0})
     caches = []
-    decoder = gpu.common._Decoder.decode
-    monkeypatch.setattr(gpu.common._Decoder, "decode", lambda self, *a: (decoder(self, *a), caches.append(self.caches))[0])
+    decoder = decoding.Decoder.decode
+    monkeypatch.setattr(decoding.Decoder, "decode", lambda self, *a: (decoder(self, *a), caches.append(self.caches))[0])
     figures = gpu.Figures(tmp_path / "figures.json")
     gpu.decode(figures, device, smoke=True)
     assert json.loads((tmp_path / "figures.json").read_text()) == figures.values

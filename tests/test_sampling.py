@@ -5,6 +5,7 @@ import tiny
 import torch
 
 import common
+import decoding
 
 V, END = 24, 3
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
@@ -55,11 +56,11 @@ def test_redrawn_tokens_have_the_target_distribution_and_differ_as_rarely_as_can
     source, target = (torch.randn(2, 8) * 1.5).softmax(-1)
     draft = torch.multinomial(source, n, replacement=True)
     given = (draft, source.expand(n, 8), target.expand(n, 8), torch.rand(n), torch.rand(n))
-    token = common.accept_or_redraw(*given)
-    assert torch.equal(token, common.accept_or_redraw(*given, waits=False))
+    token = decoding.accept_or_redraw(*given)
+    assert torch.equal(token, decoding.accept_or_redraw(*given, waits=False))
     assert torch.bincount(token, minlength=8) / n == pytest.approx(target, abs=5e-3)
     assert (token != draft).double().mean() == pytest.approx(float((source - target).abs().sum() / 2), abs=5e-3)
-    assert torch.equal(common.accept_or_redraw(draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)), draft)
+    assert torch.equal(decoding.accept_or_redraw(draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)), draft)
 
 
 @pytest.mark.parametrize("mixture", [None, 0.125, 0.6])
