@@ -1,7 +1,9 @@
 """Reward models from demonstrations beside each other: the Best-of-N reports of several finished runs of afd.py in one table and one plot.
 
-for seed in 1 2; do python afd.py --pairs init-sft init-demo sft-demo preference --extrapolate best-of-n --seed $seed --run-name four-$seed; done
-python benchmark/constructions.py runs/four-1 runs/four-2        # writes results/constructions.json, .md and .png
+    for seed in 1 2; do python afd.py --pairs init-sft init-demo sft-demo preference --extrapolate best-of-n --seed $seed --run-name four-$seed; done
+    python benchmark/constructions.py runs/four-1 runs/four-2        # writes results/constructions.json, .md and .png
+
+The runs' settings and commits go into the JSON file with the curves.
 """
 
 from __future__ import annotations
