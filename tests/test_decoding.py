@@ -87,13 +87,16 @@ def lora_pair(world):
 
 
 @pytest.mark.parametrize("every", [1, 4, 100])
-@pytest.mark.parametrize("case", ["one model", "mixture", "mixture beside unmixed", "lora mixture", "greedy", "top-p"])
+@pytest.mark.parametrize(
+    "case", ["one model", "mixture", "mixture beside unmixed", "lora mixture", "greedy", "greedy mixture", "top-p", "top-p mixture"]
+)
 def test_recorded_steps_draw_the_same_tokens(models, world, graphs, monkeypatch, case, every):
     policy, reference = lora_pair(world) if "lora" in case else models
     settings = dict(completions=5, max_new_tokens=30, seed=5, max_rows=25)
     if "mixture" in case:
         settings["mixture"] = (reference, 0.3)
-    settings |= {"mixture beside unmixed": {"unmixed": 2}, "greedy": {"temperature": 0}, "top-p": {"top_p": 0.8}}.get(case, {})
+    special = {"mixture beside unmixed": {"unmixed": 2}, "greedy": {"temperature": 0}, "top-p": {"top_p": 0.8}}
+    settings |= special.get(case.removesuffix(" mixture"), {})
     prompts = [*PROMPTS, [6, 6, 6, 6, 6, 7, 8], [11], [12, 4, 5]]
     plain, ours = {}, {}
     expected = common.sample(policy, prompts, [END, 7], stats=plain, **settings)

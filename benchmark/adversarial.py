@@ -1,0 +1,62 @@
+"""Adversarial imitation over its updates: the curves of finished runs of afd.py --objective reverse-kl and js in one plot.
+
+    python afd.py --objective reverse-kl --sft-model runs/NAME/sft --run-name rkl     # and --objective js --run-name js
+    python benchmark/adversarial.py runs/rkl runs/js                                  # writes results/adversarial.png and .json
+
+The judge's score of the policy's samples is there to look at; nothing learned from it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+PANELS = {
+    "score": "judge's score of the policy's samples",
+    "discriminator_accuracy": "discriminator's accuracy on its batch, before its update",
+    "kl": "KL(π ‖ π_SFT), nats per reply",
+    "length": "tokens per reply",
+}
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], name: str = "adversarial") -> None:
+    """Read the runs' metrics; write the plot, and summaries and curves as JSON.
+
+    Args:
+        runs: finished run folders.
+        name: of the files written to benchmark/results.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7))
+    result = {"command": " ".join(["python", *sys.argv]), "runs": []}
+    for i, run in enumerate(runs):
+        if not (run / "summary.json").exists():
+            sys.exit(f"error: {run}: no summary.json there; give finished runs of afd.py --objective reverse-kl or js.")
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        curves = {key: [s[f"adversarial/{key}"] for s in steps if f"adversarial/{key}" in s] for key in PANELS}
+        origin, summary = (json.loads((run / file).read_text()) for file in ("args.json", "summary.json"))
+        result["runs"].append(origin | {"summary": summary, "curves": curves})
+        for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+            values = curves[key]
+            near = [values[max(0, t - 2) : t + 3] for t in range(len(values))]
+            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.35, linewidth=0.8)
+            axis.plot(range(1, len(values) + 1), [sum(v) / len(v) for v in near], color=f"C{i}", linewidth=2, label=summary["objective"])
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("policy update")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    out = ROOT / "benchmark" / "results"
+    figure.savefig(out / f"{name}.png", dpi=110)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
