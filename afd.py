@@ -306,9 +306,9 @@ class Context:
     def __post_init__(self):
         self.done: list[str] = list(self.state["done"]) if self.state else []
 
-    def load(self, name: str):
+    def load(self, name: str, attention: str | None = None):
         """A frozen causal language model."""
-        return common.load_model(str(name), self.dtype, self.device, self.attention)
+        return common.load_model(str(name), self.dtype, self.device, attention or self.attention)
 
     def load_trainable(self, name: str):
         """A policy that starts at `name`."""
@@ -756,12 +756,15 @@ def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, 
     # 3c. Every reward scores the same samples; the judge tells how good its choices are.
     rankers, to_distil = {}, None
     held_out = preference_examples(args, ctx.tokenizer, ctx.ends, test)
+    attention = common.choose_attention(
+        args.attention, ctx.device, args.max_prompt_length + M * args.max_new_tokens
+    )  # a prompt with M replies
     for name, (folder, kind) in {**rewards, "log-ratio": (None, "init-sft")}.items():
         with run.phase("scoring"):
             if folder is None:
-                score = partial(log_ratios, ctx, ctx.load(sft_source), ctx.load(args.model))
+                score = partial(log_ratios, ctx, ctx.load(sft_source, attention), ctx.load(args.model, attention))
             else:
-                score = partial(rewards_of, ctx, load_reward_model(str(folder), False, ctx.dtype, ctx.device, ctx.attention))
+                score = partial(rewards_of, ctx, load_reward_model(str(folder), False, ctx.dtype, ctx.device, attention))
             ranker = {split: score(splits[split].prompts, replies, progress=f"{name}: {split}") for split, replies in samples.items()}
             if kind == "preference" and args.preferences == "data":
                 ranker["separability"] = accuracy(score, held_out)
