@@ -65,6 +65,7 @@ STUDIES = {  # study: (metrics of the plot, {variant: command})
     ),
 }
 COLUMNS = ("win_rate", "eval_judge_win_rate", "score_after", "kl", "distinct_2_after", "length_after", "exploitability_after")
+COLUMNS += tuple(f"style/{style}_after" for style in ("question", "exclamation", "statement"))
 
 
 def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_dir: str = "runs/compare", flags: str = "") -> None:
@@ -133,7 +134,8 @@ def table(rows: list[dict], variants: list[str]) -> str:
     lines = ["| variant | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in variants:
         summaries = [row["summary"] for row in rows if row["variant"] == name]
-        cells = [" / ".join(f"{s[c]:.3f}" if s[c] < 10 else f"{s[c]:.1f}" for s in summaries) for c in columns]
+        show = lambda x: "–" if x is None else f"{x:.3f}" if x < 10 else f"{x:.1f}"  # noqa: E731
+        cells = [" / ".join(show(s.get(c)) for s in summaries) for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
