@@ -77,8 +77,8 @@ def plot(reports: list[dict], rankers: list[str], path: Path) -> None:
         axis.set_xlabel("N")
         axis.set_title(title, fontsize=10)
         axis.set_ylim(top=min(axis.get_ylim()[1], 0.8))  # the judge's own choice, far above, would flatten the others
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)
 
 
