@@ -21,21 +21,23 @@ import common
 
 
 def _grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention of one token a row, (R, H, 1, D), over its cache, (R, H_kv, L, D); returns (R, 1, H, D).
+    """Attention of c tokens a row, (R, H, c, D), over its cache, (R, H_kv, L, D); returns (R, c, H, D).
 
     The query heads that share a key head become its queries, so that the cache is read once, not repeated H / H_kv times.
     """
-    R, H, _, D = query.shape
-    query = query.reshape(R, key.shape[1], -1, D)  # (R, H_kv, H / H_kv, D)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(R, 1, H, -1), None
+    R, H, c, D = query.shape
+    shared = H // key.shape[1]
+    if c > 1:
+        attention_mask = attention_mask.repeat(1, 1, shared, 1)  # (R, 1, shared · c, L)
+    out = F.scaled_dot_product_attention(query.reshape(R, -1, shared * c, D), key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(R, H, c, -1).transpose(1, 2), None
 
 
 transformers.AttentionInterface.register("grouped", _grouped_attention)
 
 
 @contextlib.contextmanager
-def _attention_of_one_token(model):
+def _attention_to_the_cache(model):
     """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores (Gemma-2)."""
     config = common.backbone(model).config
     own = config._attn_implementation
@@ -219,7 +221,7 @@ class Decoder:
                 break
             for layer in cache.layers:
                 layer.look_at(n, length)
-            with common.adapter_switch(member), _attention_of_one_token(member):
+            with common.adapter_switch(member), _attention_to_the_cache(member):
                 out = forward(
                     input_ids=self.token[:n, None],
                     attention_mask=self.mask[:n, :, :, :length],
@@ -366,13 +368,13 @@ class DraftingDecoder(Decoder):
 
     def _feed(self, i: int, ids: torch.Tensor, t: torch.Tensor, P: int) -> torch.Tensor:
         """Last hidden states (R, c, D) of member i, fed with every row's tokens (R, c) number t (R, c), behind P places of the prompt."""
-        (R, c), member = ids.shape, self.members[i]
+        R, member = len(ids), self.members[i]
         places, length = P + t, common.round_up(P + int(t.max()) + 1, self.granule)
         new = torch.arange(length, device=ids.device)
         visible = (new >= P) & (new <= places[:, None, :, None])  # (R, 1, c, L)
         for layer in self.caches[i].layers:
             layer.look_at(R, length, places)
-        with common.adapter_switch(member), _attention_of_one_token(member) if c == 1 else contextlib.nullcontext():
+        with common.adapter_switch(member), _attention_to_the_cache(member):
             out = self.forwards[i](
                 input_ids=ids,
                 attention_mask=self.mask[:R, :, :, :length].masked_fill(visible, 0.0),
