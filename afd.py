@@ -756,9 +756,8 @@ def inverse_rl(ctx: Context, sft_source, train: Split, dev: Split, test: Split, 
     # 3c. Every reward scores the same samples; the judge tells how good its choices are.
     rankers, to_distil = {}, None
     held_out = preference_examples(args, ctx.tokenizer, ctx.ends, test)
-    attention = common.choose_attention(
-        args.attention, ctx.device, args.max_prompt_length + M * args.max_new_tokens
-    )  # a prompt with M replies
+    longest = args.max_prompt_length + M * args.max_new_tokens  # a prompt with all its replies is one row
+    attention = common.choose_attention(args.attention, ctx.device, longest)
     for name, (folder, kind) in {**rewards, "log-ratio": (None, "init-sft")}.items():
         with run.phase("scoring"):
             if folder is None:

@@ -747,10 +747,8 @@ def sample(
         require_full_attention(member, longest + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(prompts), completions, max_new_tokens)
-    numbers = [
-        torch.rand(shape, generator=generator) for _ in range(1 if reference is None else 3)
-    ]  # each row's draws do not depend on others
-    uniforms = torch.stack(numbers, -1)  # (prompts, completions, T, 1 or 3)
+    numbers = 1 if reference is None else 3  # for each token: the draw; for a mixture also the test and the redraw
+    uniforms = torch.stack([torch.rand(shape, generator=generator) for _ in range(numbers)], -1)  # (prompts, completions, T, numbers)
     replies: list = [None] * len(prompts)
     batches = -(-len(prompts) // max(1, max_rows // completions))
     step = -(-len(prompts) // batches)  # batches of one size

@@ -319,13 +319,13 @@ class DraftingDecoder(Decoder):
 
     def _continue(self, sizes, P: int, T: int) -> None:
         self.drawn.fill_(1)
-        self.finished |= self.drawn == T
+        self.finished |= self.drawn == T  # a reply of one token is whole
         while any(left := self._left(sizes)):
             n = sum(sizes)
             sizes = self._shrink(sizes, left, P + int(self.drawn[:n].max()))
             remaining = T - int(self.drawn[: sum(sizes)].masked_fill(self.finished[: sum(sizes)], T).min())
-            doubt = (1 + self.compared - self.accepted) / (30 + self.compared)  # 1 − a, taken for 1 / 30 to begin with
-            c = min(LONGEST_DRAFT, remaining, max(1, int((1 / doubt) ** 0.5)))
+            certainty = (30 + self.compared) // (1 + self.compared - self.accepted)  # 1 / (1 − a), taken for 30 to begin with
+            c = min(LONGEST_DRAFT, remaining, math.isqrt(certainty))
             self._round((sizes[0] if left[0] else 0, sum(sizes)), c, P, T)
 
     def _round(self, rows: tuple[int, int], c: int, P: int, T: int) -> None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import tyro
+from compare import smooth
 
 ROOT = Path(__file__).resolve().parent.parent
 PANELS = {
@@ -46,9 +47,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], name: str = "adversarial"
         result["runs"].append(origin | {"summary": summary, "curves": curves})
         for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
             values = curves[key]
-            near = [values[max(0, t - 2) : t + 3] for t in range(len(values))]
             axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.35, linewidth=0.8)
-            axis.plot(range(1, len(values) + 1), [sum(v) / len(v) for v in near], color=f"C{i}", linewidth=2, label=summary["objective"])
+            axis.plot(range(1, len(values) + 1), smooth(values), color=f"C{i}", linewidth=2, label=summary["objective"])
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("policy update")
     axes[0, 0].legend()

@@ -140,6 +140,12 @@ def table(rows: list[dict], variants: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def smooth(values: list[float]) -> list[float]:
+    """Running mean over five steps, fewer at the ends."""
+    near = (values[max(0, t - 2) : t + 3] for t in range(len(values)))
+    return [sum(part) / len(part) for part in near]
+
+
 def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: Path) -> None:
     """A panel a metric over steps: a thin line a seed, a thick one the mean over seeds and five steps."""
     import matplotlib
@@ -158,8 +164,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
                 axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.8)
             if curves:
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
-                mean = [sum(near) / len(near) for near in (mean[max(0, t - 2) : t + 3] for t in range(len(mean)))]
-                axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=name)
+                axis.plot(range(1, len(mean) + 1), smooth(mean), color=f"C{i}", linewidth=2, label=name)
         axis.set_xlabel("optimiser step")
         axis.set_title({"score": "judge's score of the sampled replies"}.get(metric, metric), fontsize=10)
         axis.grid(alpha=0.3)
