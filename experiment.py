@@ -138,19 +138,21 @@ def _glibc():
     return None
 
 
-def keep_freed_memory(micro_batch_tokens: int) -> None:
-    """Tell glibc to keep freed memory within a step: giving activations back and faulting them in again costs a large part of a CPU step.
+SMALL_MICRO_BATCH = 256  # tokens; micro-batches up to this size, the default runs', say that little memory matters more than speed
 
-    Blocks above M_MMAP_THRESHOLD always go back. Small micro-batches, the default runs', are for small memory: gradients of the vocabulary
-    go back then, which costs time, and are kept with larger ones.
+
+def keep_freed_memory(micro_batch_tokens: int) -> None:
+    """Tell glibc to keep freed memory: giving activations back and faulting them in again costs a large part of a CPU step.
+
+    Blocks above M_MMAP_THRESHOLD always go back. With small micro-batches gradients of the vocabulary do, which costs time.
     """
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 40 * 2**20 if micro_batch_tokens <= 256 else 2**29)  # M_MMAP_THRESHOLD; chunks of logits are 32 MB
+        glibc.mallopt(-3, 40 * 2**20 if micro_batch_tokens <= SMALL_MICRO_BATCH else 2**29)  # M_MMAP_THRESHOLD; chunks of logits are 32 MB
 
 
 def give_back_freed_memory() -> None:
-    """Before each new phase, whose buffers differ in size from the last one's, hand freed memory back, so that peaks do not add up."""
+    """Hand back what `keep_freed_memory` kept."""
     if glibc := _glibc():
         glibc.malloc_trim(0)
 
@@ -240,8 +242,8 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str):
         """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an inner one are its own alone."""
-        if not self.open_phases:
-            give_back_freed_memory()
+        if not self.open_phases and self.args.micro_batch_tokens <= SMALL_MICRO_BATCH:
+            give_back_freed_memory()  # a phase's buffers differ in size from the last one's: their peaks would add up
         self._close_measurement()
         self.open_phases.append(name)
         yield

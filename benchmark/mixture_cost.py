@@ -45,6 +45,7 @@ def main(
         rounds: times every variant is timed.
         out: JSON file to write.
     """
+    experiment.keep_freed_memory(experiment.SMALL_MICRO_BATCH)  # as the default runs do
     device = common.resolve_device("auto")
     load = lambda name: common.load_model(name, common.resolve_dtype("auto", device), device, common.choose_attention("auto", device, 128))  # noqa: E731
     reference = load(model)
