@@ -723,7 +723,7 @@ def sample(
             in its batch and whichever rows finish first.
         mixture: (reference, beta): sample from π^(1−β) π_ref^β, renormalised for each token; each model keeps a
             cache of its own. The token is π's own draw where `accept_or_redraw` lets it stand, so that π can draft ahead of π_ref.
-            β = 0 never runs the reference, β = 1 never runs `model`.
+            β = 0 never runs the reference, β = 1 without `unmixed` never runs `model`.
         unmixed: of the completions, the first so many come from `model` alone, in the same forward passes.
         max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its completions.
         decoding: how a step is launched, see `resolve_decoding`.

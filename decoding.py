@@ -3,7 +3,7 @@
     Decoder           all rows stand at the same token; a step can be captured as a CUDA graph
     DraftingDecoder   a mixture where kernels are launched one by one: the policy draws ahead, the reference reads several tokens at once
 
-Both draw row r's token t from the same uniform numbers, and so draw the same tokens.
+Both draw row r's token t from the same uniform numbers, and so draw the same tokens, up to rounding.
 """
 
 from __future__ import annotations

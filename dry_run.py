@@ -86,6 +86,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     trained = adapter or weights
     # SELM takes its reference's log-probs before it trains, and with LoRA the reference is the policy without its adapter.
     second_model = not adapter and getattr(args, "exploration", None) != "selm"
+    averages = getattr(args, "opponent", None) == "ema" and args.objective == "nash"
     states = optimization.bytes_per_weight(args.optimizer_states, common.resolve_dtype(args.dtype, device))
     longest = args.max_prompt_length + args.max_new_tokens
     tokens = max(args.micro_batch_tokens, longest + args.max_new_tokens)
@@ -94,7 +95,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         "LoRA adapter": adapter * item,
         "reference's weights": weights * item * second_model,
         **{f"optimiser: {what}": trained * n for what, n in states.items()},
-        "moving average": trained * 4 * (getattr(args, "opponent", None) == "ema"),
+        "moving average": trained * (4 + item) * averages,  # and the policy's own weights, set aside while the average plays
         CACHES: (args.sample_rows or 64) * longest * common.key_value_numbers(config) * item,
         ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
     }

@@ -231,6 +231,8 @@ class Run:
             text = json.dumps({"script": self.script, "args": dataclasses.asdict(self.args), **environment()}, indent=2)
             (self.folder / "args.json").write_text(text + "\n")
         print(f"run folder: {self.folder}", flush=True)
+        if self.args.max_steps and self.steps < self.args.max_steps:
+            print(f"--max-steps {self.args.max_steps}: the data are used up after {self.steps} steps", flush=True)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 

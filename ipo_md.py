@@ -150,6 +150,7 @@ TLDR = Args(  # the paper's summarisation task, for a hub policy of one billion 
     eval_prompts=256,
     tau=1.0,
     beta=0.125,
+    epochs=9,  # of some 117,000 prompts: enough for the steps
     max_steps=30_000,
     learning_rate=1e-5,
     batch_size=32,

@@ -132,8 +132,9 @@ def cycle_measure(replies: list[str]) -> dict[str, float]:
 def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16) -> Callable:
     """score(prompts, replies) of a sequence-classification model, read through its own tokenizer and template.
 
-    With a chat template the conversation goes through it. Without one, an encoder gets the pair (prompt, reply), a
-    decoder HH-RLHF's "Human: … Assistant: …" text. One label is the reward; of two, the second's logit minus the
+    With a chat template the conversation goes through it. Without one, an encoder gets the pair (prompt, reply); a decoder
+    what a policy without one reads and writes: a plain prompt and the reply after a space (TL;DR's reward models are trained
+    so), or a list of messages as HH-RLHF's "Human: … Assistant: …" text. One label is the reward; of two, the second's logit minus the
     first's. Texts longer than the model's limit lose their beginning, never the reply's end.
     """
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
@@ -154,7 +155,7 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
             return (tokenizer.apply_chat_template(conversation, tokenize=False),)
         if tokenizer.sep_token is not None:
             return (prompt_text(prompt), reply)
-        return (write_dialogue(conversation),)
+        return (f"{prompt.rstrip()} {reply}" if isinstance(prompt, str) else write_dialogue(conversation),)
 
     @torch.inference_mode()
     def score(prompts, replies):
@@ -424,7 +425,15 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
             )
         return [float(value) for value in answer]
 
-    measure = getattr(function, "measure", None)
+    own_measure = getattr(function, "measure", None)
+
+    def measure(replies) -> dict[str, float]:
+        try:
+            return {key: float(value) for key, value in own_measure(list(replies)).items()}
+        except Exception as error:
+            raise UserError(f"{flag} {spec}: its measure raised {type(error).__name__}: {error}{_line_in(path, error)}") from error
+
+    measure = measure if own_measure else None
     if scalar:
         judge = scalar_judge(spec, lambda prompts, replies: torch.tensor(ask(prompts, replies)))
         judge.measure = measure
@@ -454,11 +463,11 @@ def both_orders(judge: Judge, prompts: list[Prompt], a: list[str], b: list[str])
 # --- more than two candidates ---------------------------------------------------------------
 
 
-def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list[str]]) -> list[torch.Tensor]:
+def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list[str]], average: bool = True) -> list[torch.Tensor]:
     """For each prompt the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal.
 
     A scalar judge scores each candidate once (its preferences have no position bias). Any other judge is asked about
-    every pair by `both_orders`: p = ½ [p(i ≻ j) + 1 − p(j ≻ i)].
+    every pair by `both_orders`, p = ½ [p(i ≻ j) + 1 − p(j ≻ i)]; without `average` once, the earlier candidate first.
     """
     if judge.score is not None:
         flat = [(prompt, reply) for prompt, group in zip(prompts, candidates, strict=True) for reply in group]
@@ -468,8 +477,8 @@ def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list
     pairs = [(g, i, j) for g, group in enumerate(candidates) for i in range(len(group)) for j in range(i + 1, len(group))]
     asked = [prompts[g] for g, _, _ in pairs]
     first, second = [candidates[g][i] for g, i, _ in pairs], [candidates[g][j] for g, _, j in pairs]
-    averaged = both_orders(judge, asked, first, second)
+    p_first = both_orders(judge, asked, first, second) if average else judge.preference(asked, first, second)
     matrices = [torch.full((len(group), len(group)), 0.5) for group in candidates]
-    for (g, i, j), p in zip(pairs, averaged.tolist(), strict=True):
+    for (g, i, j), p in zip(pairs, p_first.tolist(), strict=True):
         matrices[g][i, j], matrices[g][j, i] = p, 1 - p
     return matrices

@@ -31,7 +31,7 @@ import common
 import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
-from judges import both_orders, load_judge
+from judges import Judge, both_orders, load_judge, preference_matrix
 
 
 @dataclass
@@ -98,11 +98,13 @@ class Args:
     beta: float = 0.125
     """Share of the reference in the mixture opponent."""
     ema_decay: float = 0.999
-    """The EMA opponent's d in θ̄ ← d θ̄ + (1 − d) θ; its float32 copy costs 4 bytes a trained weight."""
+    """The EMA opponent's d in θ̄ ← d θ̄ + (1 − d) θ; it costs 4 bytes a trained weight, and while the opponent
+    samples the weight's own size once more."""
     samples_per_prompt: int = 2
     """K, the policy's own samples for each prompt, all trained on; the paper's is 1."""
     baseline: Literal["half", "leave-one-out"] = "half"
-    """half is the paper's ½. leave-one-out: the mean preference of the prompt's other samples against the same opponent."""
+    """half is the paper's ½. leave-one-out: the mean preference of the prompt's other samples against the same opponent.
+    With --objective rlhf the baseline is the mean reward of the batch's other samples."""
     both_orders: bool = True
     """Ask a judge without a scalar in both orders and average, which removes its position bias."""
 
@@ -153,6 +155,7 @@ TLDR = Args(  # the paper's task, for a hub policy of one billion weights
     eval_judge=None,
     eval_prompts=256,
     samples_per_prompt=1,
+    epochs=3,  # of some 117,000 prompts: enough for the steps
     max_steps=10_000,
     learning_rate=1e-5,
     batch_size=32,
@@ -207,11 +210,16 @@ def nash_md_loss(
 
 
 class EMA:
-    """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight."""
+    """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight, and the weight's own while it plays."""
 
     def __init__(self, optimiser: optimization.MasterAdamW | optimization.SplitAdamW, decay: float):
         self.optimiser, self.decay = optimiser, decay
         self.weights = [master.clone() for master in optimiser.masters]
+
+    def load(self, saved: list[torch.Tensor]) -> None:
+        """Restore the average, on whatever device it was saved."""
+        for average, value in zip(self.weights, saved, strict=True):
+            average.copy_(value)
 
     def update(self) -> None:
         """θ̄ ← d θ̄ + (1 − d) θ, with θ the float32 masters."""
@@ -220,7 +228,7 @@ class EMA:
 
     @contextlib.contextmanager
     def in_place_of_policy(self):
-        """Context in which the policy computes with the averaged weights: no second model is held."""
+        """Context in which the policy computes with the averaged weights; its own are kept aside."""
         trained = self.optimiser.weights
         kept = [weight.detach().clone() for weight in trained]
         with torch.no_grad():
@@ -267,6 +275,8 @@ def main(args: Args) -> None:
     policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     reference = common.starting_model(policy, args.model, dtype, device, attention)
     states = sum(optimization.bytes_per_weight(args.optimizer_states, dtype).values())
+    if uses_ema(args):
+        states += 4 + dtype.itemsize
     rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens, states)
     args = replace(args, sample_rows=rows_at_once)
     sampling = dict(
@@ -282,11 +292,11 @@ def main(args: Args) -> None:
     run.create()
     state = run.restore()
     optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
-    ema = EMA(optimiser, args.ema_decay) if args.opponent == "ema" and args.objective == "nash" else None
+    ema = EMA(optimiser, args.ema_decay) if uses_ema(args) else None
     if state:
         optimiser.load_state_dict(state["optimiser"])
         if ema:
-            ema.weights = state["ema"]
+            ema.load(state["ema"])
     for step in range(state["step"] + 1 if state else 1, len(batches) + 1):
         # 2. The policy and its opponent answer each prompt; the judge says whom it prefers.
         seed = common.derive_seed(args.seed, step)
@@ -314,6 +324,11 @@ def main(args: Args) -> None:
     run.finish(summary, CURVES)
 
 
+def uses_ema(args: Args) -> bool:
+    """Whether an average of the weights is kept: RLHF has no opponent."""
+    return args.opponent == "ema" and args.objective == "nash"
+
+
 def check_args(args: Args) -> None:
     """Refuse values that cannot work. Raises `UserError` naming flag and value."""
     check_common(args)
@@ -325,7 +340,11 @@ def check_args(args: Args) -> None:
     require(args.temperature > 0, "--temperature 0 (greedy): a policy gradient needs samples, not the one most likely reply.")
     require(args.samples_per_prompt >= 1, f"--samples-per-prompt must be at least 1, got {args.samples_per_prompt}.")
     require(args.num_prompts is None or args.num_prompts >= 1, f"--num-prompts must be at least 1, got {args.num_prompts}.")
-    if args.baseline == "leave-one-out" and args.objective == "nash":
+    if args.baseline == "leave-one-out":
+        require(
+            args.objective == "nash",
+            "--baseline leave-one-out is for --objective nash; rlhf always takes the mean reward of the batch's other samples.",
+        )
         require(args.samples_per_prompt >= 2, "--baseline leave-one-out needs --samples-per-prompt of at least 2.")
         require(
             args.opponent != "self",
@@ -365,37 +384,50 @@ def collect(args, indices, seed, rows, prompts, policy, reference, ema, tokenize
     run.add_tokens("sampling", stats["tokens"])
 
     with run.phase("judging"):
-        asked = [row.prompt for row in chosen_rows]
-        texts = [[common.decode(tokenizer, c) for c in group] for group in own]
-        flat_asked, flat_texts = [x for x in asked for _ in range(K)], [t for group in texts for t in group]
-        scores = judge.score(flat_asked, flat_texts) if judge.score is not None else None  # (G*K,)
+        asked, texts = [row.prompt for row in chosen_rows], [[common.decode(tokenizer, c) for c in group] for group in own]
+        rivals = [common.decode(tokenizer, c) for c in others] if others else None
         if args.objective == "rlhf":
-            preference = scores.view(-1, K)  # (G, K) the reward r(y)
-            baseline = (preference.sum() - preference) / max(1, preference.numel() - 1)  # mean of the batch's other rewards
+            flat = [prompt for prompt in asked for _ in range(K)], [text for group in texts for text in group]
+            preference = scores = judge.score(*flat).view(-1, K)  # the reward r(y)
+            baseline = (preference.sum() - preference) / max(1, preference.numel() - 1)  # mean of the batch's other rewards, if any
         else:
-            # (prompt, sample, its opponent's text); with self-play every other sample of the prompt is an opponent
-            duels = [
-                (g, k, rival)
-                for g, group in enumerate(texts)
-                for k in range(K)
-                for rival in ([common.decode(tokenizer, others[g])] if others else [t for j, t in enumerate(group) if j != k])
-            ]
-            sides = [asked[g] for g, _, _ in duels], [texts[g][k] for g, k, _ in duels], [rival for _, _, rival in duels]
-            p = both_orders(judge, *sides) if args.both_orders else judge.preference(*sides)
-            preference = p.view(len(texts), K, -1).mean(-1)  # (G, K) p(y ≻ y')
+            preference, scores = play(judge, asked, texts, rivals, args.both_orders)  # (G, K) p(y ≻ y')
             baseline = torch.full_like(preference, 0.5)
             if args.baseline == "leave-one-out":
                 baseline = (preference.sum(1, keepdim=True) - preference) / (K - 1)
-    advantage = preference - baseline
-    metrics = {"preference": preference.mean().item(), "advantage_std": advantage.std().item()}
+    metrics = {"preference": preference.mean().item(), "advantage_std": (preference - baseline).std(correction=0).item()}
     if "agreement" in stats:
         metrics["mixture_agreement"] = stats["agreement"]
     if scores is not None:
         metrics["score"] = scores.mean().item()
     if judge.measure is not None:
-        metrics |= judge.measure(flat_texts)
+        metrics |= judge.measure([text for group in texts for text in group])
     columns = (chosen_rows, chosen_prompts, own, preference.tolist(), baseline.tolist())
     return [Group(row.id, *rest) for row, *rest in zip(*columns, strict=True)], metrics
+
+
+def play(judge: Judge, prompts: list, samples: list[list[str]], rivals: list[str] | None, average: bool):
+    """Each sample's p(y ≻ y') against its prompt's opponent, (G, K), and its scalar score, (G, K), or None if the judge has none.
+
+    Args:
+        samples: the policy's K texts for each of G prompts.
+        rivals: the opponent's text for each prompt; None: the samples of a prompt (K > 1) are each other's opponents.
+        average: ask a judge without a scalar in both orders.
+
+    No text is scored twice, and no pair asked twice.
+    """
+    K = len(samples[0])
+    asked, texts = [x for x in prompts for _ in range(K)], [t for group in samples for t in group]
+    scores = None if judge.score is None else judge.score(asked, texts).view(-1, K)
+    if scores is not None:
+        against = judge.score(prompts, rivals)[:, None] if rivals else scores  # (G, 1 or K)
+        p = torch.sigmoid(judge.scale * (scores[:, :, None] - against[:, None, :]))  # (G, K, 1 or K)
+    elif rivals:
+        sides = asked, texts, [x for x in rivals for _ in range(K)]
+        p = (both_orders(judge, *sides) if average else judge.preference(*sides)).view(-1, K, 1)
+    else:
+        p = torch.stack(preference_matrix(judge, prompts, samples, average))  # (G, K, K), ½ on the diagonal
+    return p[:, :, 0] if rivals else (p.sum(-1) - 0.5) / (K - 1), scores
 
 
 def train_step(args, policy, reference, optimiser, batch: list[Group], learning_rate: float, ends, device, run, step: int) -> dict:

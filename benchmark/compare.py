@@ -4,7 +4,7 @@
     python benchmark/compare.py ipo --seeds 2         # IPO-MD, online-IPO, online DPO, online SLiC, equal steps
     python benchmark/compare.py cycle --seeds 2       # who keeps all styles alive under an intransitive judge
 
-Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps commands, commit, versions and every summary,
+Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps each run's command, commit, versions and summary,
 STUDY.md the table and STUDY.png the curves. Runs side by side share the machine's cores: their win rates count, their seconds do not.
 """
 
@@ -106,7 +106,7 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_di
             start(command, Path(run_dir) / f"{study}-prepare-{i}.log")
     with ThreadPoolExecutor(jobs) as pool:
         finished = [item for item in pool.map(run, runs) if (item[3] / "summary.json").exists()]
-    rows, origin = [], {}
+    rows = []
     for name, seed, command, folder in finished:
         origin = json.loads((folder / "args.json").read_text())
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -115,13 +115,13 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_di
                 "variant": name,
                 "seed": seed,
                 "command": f"python {command}",
+                **{key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")},
                 "summary": json.loads((folder / "summary.json").read_text()),
                 **{metric: [step.get(metric) for step in steps] for metric in metrics},
             }
         )
     out = ROOT / "benchmark" / "results"
-    keep = {key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")}
-    result = {"command": " ".join(["python", *sys.argv]), **keep, "runs": rows}
+    result = {"command": " ".join(["python", *sys.argv]), "runs": rows}
     (out / f"{study}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{study}.md").write_text(table(rows, list(variants)))
     plot(rows, list(variants), metrics, out / f"{study}.png")

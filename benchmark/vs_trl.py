@@ -1,7 +1,7 @@
 """Seconds of one optimiser step, ours and TRL's, on the same model, prompts and lengths, on this machine's CPU.
 
-    python benchmark/vs_trl.py nash                      # nash_md.py against TRL 1.13.0's NashMDTrainer, 32 new tokens; about 5 minutes
-    python benchmark/vs_trl.py nash --new-tokens 128 --steps 1
+    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4      # against TRL 1.13.0's NashMDTrainer, 32 new tokens; 2 minutes
+    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4 --new-tokens 128    # 7 minutes
     python benchmark/vs_trl.py ipo                       # ipo_md.py --beta 0 against TRL 1.16's OnlineDPOTrainer, loss_type="ipo"
     python benchmark/vs_trl.py nash --smoke              # the same on a tiny random model, in seconds: does it work?
 

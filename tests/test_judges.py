@@ -42,7 +42,7 @@ def test_reward_model_through_its_own_tokenizer(reward_folder):
         ["good cat", [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]],
         ["fine", "the dog"],
     )
-    texts = ["\n\nHuman: good cat\n\nAssistant: fine", "\n\nHuman: sun\n\nAssistant: yes\n\nHuman: why\n\nAssistant: the dog"]
+    texts = ["good cat fine", "\n\nHuman: sun\n\nAssistant: yes\n\nHuman: why\n\nAssistant: the dog"]
     with torch.no_grad():
         expected = [model(torch.tensor([words(text).input_ids])).logits[0, 0].item() for text in texts]
     assert judge.score(prompts, replies).tolist() == pytest.approx(expected, abs=1e-5)  # batched and padded = one by one
@@ -182,3 +182,13 @@ def test_rewards_that_misbehave(world, name, message):
     judge = load_judge(f"{world}/judges.py:{name}")
     with pytest.raises(UserError, match=message):
         judge.score(["x", "x"], ["good", "bad"])
+
+
+def test_a_functions_own_measure(tmp_path):
+    file = tmp_path / "mine.py"
+    lines = ["def f(prompts, a, b):", "    return [0.5] * len(a)", "f.measure = lambda replies: {'count': len(replies)}"]
+    lines += ["def g(prompts, a, b):", "    return [0.5] * len(a)", "g.measure = lambda replies: {'share': 1 / 0}"]
+    file.write_text("\n".join(lines))
+    assert load_judge(f"{file}:f").measure(["x", "y"]) == {"count": 2.0}
+    with pytest.raises(UserError, match=r"mine.py:g: its measure raised ZeroDivisionError: division by zero \(.*mine.py:6\)"):
+        load_judge(f"{file}:g").measure(["x"])
