@@ -185,7 +185,8 @@ def test_other_errors_keep_their_traceback(flags, monkeypatch):
 
 def test_nested_phases_have_their_own_seconds_and_peaks(tmp_path):
     run = experiment.Run("selm", selm.Args(run_dir=str(tmp_path)), 1)
-    experiment.reset_peak_memory()  # the peaks of the tests before this one are not the run's
+    experiment.give_back_freed_memory()  # neither what the tests before this one left nor their peaks are the run's
+    experiment.reset_peak_memory()
     with run.phase("outer"):
         outer = torch.ones(2**22)
         with run.phase("inner"):
