@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from judges import Judge, preference_matrix
+from judges import Judge, judge_candidates
 
 BASELINES = ("length", "random", "judge (oracle)")
 
@@ -66,12 +66,9 @@ def bootstrap(values: torch.Tensor, resamples: int = 2000) -> tuple[list[float],
 
 def golden_of(judge: Judge, prompts: list, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The judge's score (G, M) and preferences (G, M, M) of M replies to each prompt; without a scalar, the mean preference is the score."""
-    if judge.score is None:
-        preference = torch.stack(preference_matrix(judge, prompts, texts))
-        return preference.mean(2), preference
-    flat = judge.score([x for x, group in zip(prompts, texts, strict=True) for _ in group], [t for group in texts for t in group])
-    score = flat.view(len(texts), -1)
-    return score, torch.sigmoid(judge.scale * (score[:, :, None] - score[:, None, :]))
+    scores, matrices = judge_candidates(judge, prompts, texts)
+    preference = torch.stack(matrices)
+    return preference.mean(2) if scores is None else torch.stack(scores), preference
 
 
 def compare_rankers(

@@ -232,7 +232,10 @@ class Run:
             (self.folder / "args.json").write_text(text + "\n")
         print(f"run folder: {self.folder}", flush=True)
         if self.args.max_steps and self.steps < self.args.max_steps:
-            print(f"--max-steps {self.args.max_steps}: the data are used up after {self.steps} steps", flush=True)
+            print(
+                f"--max-steps {self.args.max_steps}: the data are used up after {self.steps} steps, or another flag ends the run there",
+                flush=True,
+            )
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 

@@ -31,7 +31,7 @@ import common
 import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
-from judges import load_judge, preference_matrix
+from judges import judge_candidates, load_judge
 
 
 @dataclass
@@ -323,12 +323,13 @@ def collect(args, indices, seed, rows, prompts, policy, reference, tokenizer, sa
     with run.phase("judging"):
         texts = [[common.decode(tokenizer, c) for c in pair] for pair in completions]
         asked = [row.prompt for row in chosen_rows]
-        p = [matrix[0, 1].item() for matrix in preference_matrix(judge, asked, texts)]
+        scores, matrices = judge_candidates(judge, asked, texts)
+        p = [matrix[0, 1].item() for matrix in matrices]
     metrics = {"preference": sum(max(x, 1 - x) for x in p) / len(p)}  # how decided the judge is: ½ to 1
     if "agreement" in stats:
         metrics["mixture_agreement"] = stats["agreement"]
-    if judge.score is not None:
-        metrics["score"] = judge.score([x for x in asked for _ in "ab"], [t for pair in texts for t in pair]).mean().item()
+    if scores is not None:
+        metrics["score"] = torch.cat(scores).mean().item()
     if judge.measure is not None:
         metrics |= judge.measure([t for pair in texts for t in pair])
     coin = random.Random(seed)

@@ -463,17 +463,23 @@ def both_orders(judge: Judge, prompts: list[Prompt], a: list[str], b: list[str])
 # --- more than two candidates ---------------------------------------------------------------
 
 
-def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list[str]], average: bool = True) -> list[torch.Tensor]:
-    """For each prompt the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal.
+def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list[str]]) -> list[torch.Tensor]:
+    """For each prompt the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal, as in `judge_candidates`."""
+    return judge_candidates(judge, prompts, candidates)[1]
 
-    A scalar judge scores each candidate once (its preferences have no position bias). Any other judge is asked about
-    every pair by `both_orders`, p = ½ [p(i ≻ j) + 1 − p(j ≻ i)]; without `average` once, the earlier candidate first.
+
+def judge_candidates(
+    judge: Judge, prompts: list[Prompt], candidates: list[list[str]], average: bool = True
+) -> tuple[list[torch.Tensor] | None, list[torch.Tensor]]:
+    """For each prompt its candidates' scores (K,), and the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal.
+
+    A scalar judge scores each candidate once (its preferences have no position bias). Any other judge has no scores, None, and is
+    asked about every pair by `both_orders`, p = ½ [p(i ≻ j) + 1 − p(j ≻ i)]; without `average` once, the earlier candidate first.
     """
     if judge.score is not None:
         flat = [(prompt, reply) for prompt, group in zip(prompts, candidates, strict=True) for reply in group]
-        scores = judge.score([prompt for prompt, _ in flat], [reply for _, reply in flat])
-        groups = scores.split([len(group) for group in candidates])
-        return [torch.sigmoid(judge.scale * (s[:, None] - s[None, :])) for s in groups]
+        scores = judge.score([prompt for prompt, _ in flat], [reply for _, reply in flat]).split([len(group) for group in candidates])
+        return list(scores), [torch.sigmoid(judge.scale * (s[:, None] - s[None, :])) for s in scores]
     pairs = [(g, i, j) for g, group in enumerate(candidates) for i in range(len(group)) for j in range(i + 1, len(group))]
     asked = [prompts[g] for g, _, _ in pairs]
     first, second = [candidates[g][i] for g, i, _ in pairs], [candidates[g][j] for g, _, j in pairs]
@@ -481,4 +487,4 @@ def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list
     matrices = [torch.full((len(group), len(group)), 0.5) for group in candidates]
     for (g, i, j), p in zip(pairs, p_first.tolist(), strict=True):
         matrices[g][i, j], matrices[g][j, i] = p, 1 - p
-    return matrices
+    return None, matrices

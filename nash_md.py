@@ -31,7 +31,7 @@ import common
 import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
-from judges import Judge, both_orders, load_judge, preference_matrix
+from judges import Judge, both_orders, judge_candidates, load_judge
 
 
 @dataclass
@@ -276,7 +276,7 @@ def main(args: Args) -> None:
     reference = common.starting_model(policy, args.model, dtype, device, attention)
     states = sum(optimization.bytes_per_weight(args.optimizer_states, dtype).values())
     if uses_ema(args):
-        states += 4 + dtype.itemsize
+        states += 4 + dtype.itemsize  # the average, and while it plays the policy's own weights
     rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens, states)
     args = replace(args, sample_rows=rows_at_once)
     sampling = dict(
@@ -387,8 +387,7 @@ def collect(args, indices, seed, rows, prompts, policy, reference, ema, tokenize
         asked, texts = [row.prompt for row in chosen_rows], [[common.decode(tokenizer, c) for c in group] for group in own]
         rivals = [common.decode(tokenizer, c) for c in others] if others else None
         if args.objective == "rlhf":
-            flat = [prompt for prompt in asked for _ in range(K)], [text for group in texts for text in group]
-            preference = scores = judge.score(*flat).view(-1, K)  # the reward r(y)
+            preference = scores = torch.stack(judge_candidates(judge, asked, texts)[0])  # (G, K) the reward r(y)
             baseline = (preference.sum() - preference) / max(1, preference.numel() - 1)  # mean of the batch's other rewards, if any
         else:
             preference, scores = play(judge, asked, texts, rivals, args.both_orders)  # (G, K) p(y ≻ y')
@@ -417,17 +416,13 @@ def play(judge: Judge, prompts: list, samples: list[list[str]], rivals: list[str
     No text is scored twice, and no pair asked twice.
     """
     K = len(samples[0])
-    asked, texts = [x for x in prompts for _ in range(K)], [t for group in samples for t in group]
-    scores = None if judge.score is None else judge.score(asked, texts).view(-1, K)
-    if scores is not None:
-        against = judge.score(prompts, rivals)[:, None] if rivals else scores  # (G, 1 or K)
-        p = torch.sigmoid(judge.scale * (scores[:, :, None] - against[:, None, :]))  # (G, K, 1 or K)
-    elif rivals:
-        sides = asked, texts, [x for x in rivals for _ in range(K)]
-        p = (both_orders(judge, *sides) if average else judge.preference(*sides)).view(-1, K, 1)
-    else:
-        p = torch.stack(preference_matrix(judge, prompts, samples, average))  # (G, K, K), ½ on the diagonal
-    return p[:, :, 0] if rivals else (p.sum(-1) - 0.5) / (K - 1), scores
+    if rivals and judge.score is None:  # of all pairs only these
+        sides = [x for x in prompts for _ in range(K)], [t for group in samples for t in group], [x for x in rivals for _ in range(K)]
+        return (both_orders(judge, *sides) if average else judge.preference(*sides)).view(-1, K), None
+    candidates = [[*group, rival] for group, rival in zip(samples, rivals, strict=True)] if rivals else samples
+    scores, matrices = judge_candidates(judge, prompts, candidates, average)
+    p = torch.stack(matrices)  # (G, K, K), ½ on the diagonal, or with the rivals (G, K + 1, K + 1)
+    return p[:, :K, K] if rivals else (p.sum(-1) - 0.5) / (K - 1), None if scores is None else torch.stack(scores)[:, :K]
 
 
 def train_step(args, policy, reference, optimiser, batch: list[Group], learning_rate: float, ends, device, run, step: int) -> dict:

@@ -34,7 +34,7 @@ import common
 import optimization
 from common import require
 from experiment import Run, check_common, command_line, evaluate, write_model
-from judges import load_judge, preference_matrix
+from judges import judge_candidates, load_judge
 
 
 @dataclass
@@ -413,11 +413,8 @@ def collect(args, this: Round, rows, prompts, policy, reference, tokenizer, samp
     else:
         with run.phase("judging"):
             texts = [[common.decode(tokenizer, c) for c in group] for group in candidates]
-            matrices = preference_matrix(judge, [row.prompt for row in chosen_rows], texts)
+            scores, matrices = judge_candidates(judge, [row.prompt for row in chosen_rows], texts)
             order = [rank(matrix) for matrix in matrices]
-            if judge.score is not None:
-                flat = judge.score([row.prompt for row in chosen_rows for _ in range(own)], [t for group in texts for t in group[:own]])
-                scores = flat.view(-1, own).mean(1).tolist()
 
     pairs = []
     rng = random.Random(seed)
@@ -434,7 +431,7 @@ def collect(args, this: Round, rows, prompts, policy, reference, tokenizer, samp
             members += [s for s in which if s not in members]
         weights = [1 / len(which) if m in which and args.alpha > 0 else 0.0 for m in members]
         heat = [(args.temperature or 1.0) if m < own else 1.0 for m in members]
-        score = scores[i] if not this.offline and judge.score is not None else None
+        score = scores[i][:own].mean().item() if not this.offline and scores is not None else None
         pairs.append(Pair(row.id, chosen_prompts[i], [group[m] for m in members], heat, weights, score=score))
     dropped = len(candidates) - len(pairs)
     require(
