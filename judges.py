@@ -32,8 +32,11 @@ import transformers
 from tqdm import tqdm
 from transformers.utils.hub import cached_file
 
-import synthetic
-from common import Prompt, UserError, hub_errors, left_pad, near, optional_import, prompt_text, require, write_dialogue
+from cleanalign import synthetic
+from cleanalign.data import Prompt, prompt_text, write_dialogue
+from cleanalign.decoding import left_pad
+from cleanalign.errors import UserError, near, optional_import, require
+from cleanalign.models import hub_errors
 
 LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so certain cases reach p = .98
 
@@ -62,11 +65,17 @@ def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--jud
     if spec == "cycle":
         return Judge("cycle", cycle_preference, measure=cycle_measure)
     if spec == "random":
-        return scalar_judge(spec, lambda prompts, replies: torch.tensor([synthetic.coin(reply) for reply in replies]))
+        return scalar_judge(
+            spec, lambda prompts, replies: torch.tensor([synthetic.coin(reply) for reply in replies])
+        )
     if spec.startswith("hf:"):
         return scalar_judge(spec, reward_model(spec[3:], device, flag))
     if spec == "pairrm" or spec.startswith("pairrm:"):
-        return Judge(spec, pairrm(PAIRRM_ID if spec == "pairrm" else spec[len("pairrm:") :], device, flag), symmetric=True)
+        return Judge(
+            spec,
+            pairrm(PAIRRM_ID if spec == "pairrm" else spec[len("pairrm:") :], device, flag),
+            symmetric=True,
+        )
     if spec.startswith("pairwise:"):
         return Judge(spec, pairwise_model(spec[len("pairwise:") :], device, flag))
     if ".py:" in spec:
@@ -90,7 +99,9 @@ def scalar_judge(name: str, score: Callable, scale: float = 1.0) -> Judge:
 
 def _vader() -> Callable:
     analyzer = optional_import("vaderSentiment.vaderSentiment", "vaderSentiment").SentimentIntensityAnalyzer()
-    return lambda prompts, replies: torch.tensor([analyzer.polarity_scores(reply)["compound"] for reply in replies])
+    return lambda prompts, replies: torch.tensor(
+        [analyzer.polarity_scores(reply)["compound"] for reply in replies]
+    )
 
 
 def _textblob() -> Callable:
@@ -121,9 +132,14 @@ def cycle_preference(prompts, a, b) -> torch.Tensor:
 
 def cycle_measure(replies: list[str]) -> dict[str, float]:
     """Share of each style, and the exploitability of this mix: the best style's win rate against it, minus ½."""
-    shares = torch.bincount(torch.tensor([style(reply) for reply in replies]), minlength=3).double() / len(replies)
+    shares = torch.bincount(torch.tensor([style(reply) for reply in replies]), minlength=3).double() / len(
+        replies
+    )
     best = max((shares[(i + 1) % 3] + 0.5 * shares[i]).item() for i in range(3))
-    return {**{f"style/{name}": share for name, share in zip(STYLES, shares.tolist(), strict=True)}, "exploitability": best - 0.5}
+    return {
+        **{f"style/{name}": share for name, share in zip(STYLES, shares.tolist(), strict=True)},
+        "exploitability": best - 0.5,
+    }
 
 
 # --- reward models --------------------------------------------------------------------------
@@ -140,9 +156,15 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
     with hub_errors(flag, name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype="auto").to(device).eval()
+        model = (
+            transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype="auto")
+            .to(device)
+            .eval()
+        )
     labels = model.config.num_labels
-    require(labels in (1, 2), f"{flag} hf:{name}: a reward model has one or two labels, this one has {labels}.")
+    require(
+        labels in (1, 2), f"{flag} hf:{name}: a reward model has one or two labels, this one has {labels}."
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -150,19 +172,21 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
 
     def as_input(prompt: Prompt, reply: str):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        conversation = [*messages, {"role": "assistant", "content": reply}]
+        whole = [*messages, {"role": "assistant", "content": reply}]
         if tokenizer.chat_template:
-            return (tokenizer.apply_chat_template(conversation, tokenize=False),)
+            return (tokenizer.apply_chat_template(whole, tokenize=False),)
         if tokenizer.sep_token is not None:
             return (prompt_text(prompt), reply)
-        return (f"{prompt.rstrip()} {reply}" if isinstance(prompt, str) else write_dialogue(conversation),)
+        return (f"{prompt.rstrip()} {reply}" if isinstance(prompt, str) else write_dialogue(whole),)
 
     @torch.inference_mode()
     def score(prompts, replies):
         texts = [as_input(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
         scores = torch.zeros(len(texts))
-        for start in tqdm(range(0, len(order), batch_size), desc="judge", leave=False, disable=len(order) < 8 * batch_size):
+        for start in tqdm(
+            range(0, len(order), batch_size), desc="judge", leave=False, disable=len(order) < 8 * batch_size
+        ):
             part = order[start : start + batch_size]
             columns = [list(column) for column in zip(*(texts[i] for i in part), strict=True)]
             inputs = tokenizer(
@@ -219,17 +243,27 @@ class PairRM(torch.nn.Module):
         super().__init__()
         D, nn = config.hidden_size, torch.nn
         self.pretrained_model = transformers.DebertaV2Model(config)
-        self.head_layer = nn.Sequential(nn.Identity(), nn.Linear(2 * D, D), nn.Tanh(), nn.Identity(), nn.Linear(D, tasks))
+        self.head_layer = nn.Sequential(
+            nn.Identity(), nn.Linear(2 * D, D), nn.Tanh(), nn.Identity(), nn.Linear(D, tasks)
+        )
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, marks: torch.Tensor
+    ) -> torch.Tensor:
         """(B,) log-odds, score of candidate 1 minus that of candidate 2, from (B, L) ids and mask and the (B, 3) places of the marks."""
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        source, *candidates = hidden.gather(1, marks[:, :, None].expand(-1, -1, hidden.shape[-1])).float().unbind(1)  # (B, D) each
-        first, second = (self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates)  # (B, tasks)
+        source, *candidates = (
+            hidden.gather(1, marks[:, :, None].expand(-1, -1, hidden.shape[-1])).float().unbind(1)
+        )  # (B, D) each
+        first, second = (
+            self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates
+        )  # (B, tasks)
         return (first - second).mean(-1)
 
 
-def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, tokenizers.Tokenizer, tuple[int, int]]:
+def load_pairrm(
+    name: str, device, flag: str = "--judge"
+) -> tuple[PairRM, tokenizers.Tokenizer, tuple[int, int]]:
     """Model, tokenizer and longest (source, candidate) of a hub id or folder, in the layout of PairRM-hf or of the original PairRM.
 
     The original's config.json describes a ranker and names the base model whose DeBERTa config holds; PairRM-hf's is that
@@ -242,7 +276,9 @@ def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, token
         with hub_errors(flag, name):
             paths = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files]
             if not any(paths) and not Path(name).is_dir():
-                cached_file(name, files[0])  # raises, saying why: no network, no such repository, no such file
+                cached_file(
+                    name, files[0]
+                )  # raises, saying why: no network, no such repository, no such file
         require(any(paths), f"{flag} pairrm:{name}: no {files[0]} there.{hint}")
         return next(filter(None, paths))
 
@@ -256,17 +292,32 @@ def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, token
     with hub_errors(flag, base):
         config = transformers.DebertaV2Config.from_pretrained(base)
 
-    tokenizer = tokenizers.Tokenizer.from_file(find("tokenizer.json", hint=f" Copy that of {PAIRRM_ID}: the tokenizer is the same."))
+    tokenizer = tokenizers.Tokenizer.from_file(
+        find("tokenizer.json", hint=f" Copy that of {PAIRRM_ID}: the tokenizer is the same.")
+    )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     file = find("model.safetensors", "pytorch_model.bin")
-    read = safetensors.torch.load_file if file.endswith(".safetensors") else partial(torch.load, map_location="cpu", weights_only=True)
+    read = (
+        safetensors.torch.load_file
+        if file.endswith(".safetensors")
+        else partial(torch.load, map_location="cpu", weights_only=True)
+    )
     weights = read(file)
-    embeddings, last = (weights.get(key) for key in ("pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight"))
-    require(embeddings is not None and last is not None, f"{flag} pairrm:{name}: its weights are not PairRM's (no head_layer.4.weight).")
+    embeddings, last = (
+        weights.get(key)
+        for key in ("pretrained_model.embeddings.word_embeddings.weight", "head_layer.4.weight")
+    )
+    require(
+        embeddings is not None and last is not None,
+        f"{flag} pairrm:{name}: its weights are not PairRM's (no head_layer.4.weight).",
+    )
     for token in (*PAIRRM_MARKS, "[CLS]", "[SEP]"):
         id = tokenizer.token_to_id(token)
-        require(id is not None and id < len(embeddings), f"{flag} pairrm:{name}: its tokenizer has no {token} that its weights know.")
+        require(
+            id is not None and id < len(embeddings),
+            f"{flag} pairrm:{name}: its tokenizer has no {token} that its weights know.",
+        )
 
     config.vocab_size = len(embeddings)  # the base model's, and the marks
     model = PairRM(config, tasks=len(last))
@@ -274,12 +325,21 @@ def load_pairrm(name: str, device, flag: str = "--judge") -> tuple[PairRM, token
         missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()
-        raise UserError(f"{flag} pairrm:{name}: its weights do not fit the config of {base}: {problem}") from error
-    require(not missing, f"{flag} pairrm:{name}: {len(missing)} weights are missing, such as {', '.join(missing[:1])}.")
+        raise UserError(
+            f"{flag} pairrm:{name}: its weights do not fit the config of {base}: {problem}"
+        ) from error
+    require(
+        not missing,
+        f"{flag} pairrm:{name}: {len(missing)} weights are missing, such as {', '.join(missing[:1])}.",
+    )
     model.to(device).eval().requires_grad_(False)
     if torch.device(device).type == "cuda":
         model.pretrained_model.half()
-    return model, tokenizer, (written["source_maxlength"], written["candidate_maxlength"]) if original else PAIRRM_LENGTHS
+    return (
+        model,
+        tokenizer,
+        (written["source_maxlength"], written["candidate_maxlength"]) if original else PAIRRM_LENGTHS,
+    )
 
 
 def pairrm_texts(prompt: Prompt, *replies: str) -> list[str]:
@@ -288,11 +348,21 @@ def pairrm_texts(prompt: Prompt, *replies: str) -> list[str]:
     if len(messages) == 1:
         return [messages[0]["content"], *replies]
     users, before = ([m["content"] for m in messages if m["role"] == role] for role in ("user", "assistant"))
-    source = PAIRRM_TASK + "\n".join(f"USER: {text}\nAssistant: <Response {i}>" for i, text in enumerate(users, 1))
-    return [source, *("\n".join(f"<Response {i}>: {text}" for i, text in enumerate([*before, reply], 1)) for reply in replies)]
+    source = PAIRRM_TASK + "\n".join(
+        f"USER: {text}\nAssistant: <Response {i}>" for i, text in enumerate(users, 1)
+    )
+    return [
+        source,
+        *(
+            "\n".join(f"<Response {i}>: {text}" for i, text in enumerate([*before, reply], 1))
+            for reply in replies
+        ),
+    ]
 
 
-def pairrm_ids(tokenizer: tokenizers.Tokenizer, lengths: tuple[int, int], texts: list[str]) -> tuple[list[int], list[int]]:
+def pairrm_ids(
+    tokenizer: tokenizers.Tokenizer, lengths: tuple[int, int], texts: list[str]
+) -> tuple[list[int], list[int]]:
     """Token ids of [source, candidate 1, candidate 2] in one row, and the places of their three marks.
 
     Each is [CLS] mark text [SEP], cut at the text's end. `lengths` are the longest source and candidate, those three included;
@@ -322,10 +392,14 @@ def pairrm(name: str, device, flag: str = "--judge", max_tokens: int = 4096) -> 
     def preference(prompts, a, b):
         texts = [pairrm_texts(*row) for row in zip(prompts, a, b, strict=True)]
         swapped = [[source, second, first] for source, first, second in texts]
-        rows, places = map(list, zip(*(pairrm_ids(tokenizer, lengths, row) for row in texts + swapped), strict=True))
+        rows, places = map(
+            list, zip(*(pairrm_ids(tokenizer, lengths, row) for row in texts + swapped), strict=True)
+        )
         logits = torch.zeros(len(rows))
         for part in tqdm(by_length(rows, max_tokens), desc="judge", leave=False, disable=len(rows) < 128):
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], batch_first=True)  # (b, L)
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(rows[i]) for i in part], batch_first=True
+            )  # (b, L)
             mask = torch.arange(ids.shape[1]) < torch.tensor([[len(rows[i])] for i in part])
             marks = torch.tensor([places[i] for i in part])
             logits[part] = model(ids.to(device), mask.long().to(device), marks.to(device)).cpu()
@@ -336,7 +410,9 @@ def pairrm(name: str, device, flag: str = "--judge", max_tokens: int = 4096) -> 
 
 def pairwise_question(prompt: Prompt, a: str, b: str) -> str:
     """What RLHFlow's preference models are asked (card of RLHFlow/pair-preference-model-LLaMA3-8B); the answer is the token A or B."""
-    context = "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in conversation(prompt))
+    context = "".join(
+        f"\n<turn> {message['role']}\n {message['content']}" for message in conversation(prompt)
+    )
     return f"[CONTEXT] \n{context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
 
 
@@ -350,11 +426,22 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
     require(bool(name), f"{flag} pairwise:ID needs a hub id or folder after 'pairwise:'.")
     with hub_errors(flag, name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval().requires_grad_(False)
-    require(bool(tokenizer.chat_template), f"{flag} pairwise:{name}: its tokenizer has no chat template, so it cannot be asked.")
+        model = (
+            transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
+    require(
+        bool(tokenizer.chat_template),
+        f"{flag} pairwise:{name}: its tokenizer has no chat template, so it cannot be asked.",
+    )
     answers = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
-    require(single, f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} and {answers[1]}.")
+    require(
+        single,
+        f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} and {answers[1]}.",
+    )
     token_a, token_b = answers[0][0], answers[1][0]
     limit = getattr(model.config, "max_position_embeddings", 8192)
 
@@ -371,7 +458,13 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
         for part in tqdm(by_length(rows, max_tokens), desc="judge", leave=False, disable=len(rows) < 128):
             ids, mask = left_pad([rows[i] for i in part], device)  # (b, L)
             places = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+            logits = (
+                model(
+                    input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False
+                )
+                .logits[:, -1]
+                .float()
+            )
             difference[part] = (logits[:, token_a] - logits[:, token_b]).cpu()
         return torch.sigmoid(difference)
 
@@ -396,8 +489,13 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
     except Exception as error:
         raise UserError(f"{flag} {spec}: {path} does not import: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
-    offered = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
-    require(callable(function), f"{flag} {spec}: no function {name!r} in {path}, which has {', '.join(offered) or 'none'}.")
+    offered = [
+        n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__
+    ]
+    require(
+        callable(function),
+        f"{flag} {spec}: no function {name!r} in {path}, which has {', '.join(offered) or 'none'}.",
+    )
 
     scalar = len(inspect.signature(function).parameters) == 2
     kind, one = ("replies", "reward") if scalar else ("pairs", "p(a ≻ b)")
@@ -431,7 +529,9 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
         try:
             return {key: float(value) for key, value in own_measure(list(replies)).items()}
         except Exception as error:
-            raise UserError(f"{flag} {spec}: its measure raised {type(error).__name__}: {error}{_line_in(path, error)}") from error
+            raise UserError(
+                f"{flag} {spec}: its measure raised {type(error).__name__}: {error}{_line_in(path, error)}"
+            ) from error
 
     measure = measure if own_measure else None
     if scalar:
@@ -457,7 +557,9 @@ def _line_in(path: str, error: BaseException) -> str:
 def both_orders(judge: Judge, prompts: list[Prompt], a: list[str], b: list[str]) -> torch.Tensor:
     """(B,) p(a ≻ b) free of position bias: ½ [p(a ≻ b) + 1 − p(b ≻ a)]. A scalar or symmetric judge has none and is asked once."""
     p = judge.preference(prompts, a, b)
-    return p if judge.score is not None or judge.symmetric else 0.5 * (p + 1 - judge.preference(prompts, b, a))
+    return (
+        p if judge.score is not None or judge.symmetric else 0.5 * (p + 1 - judge.preference(prompts, b, a))
+    )
 
 
 # --- more than two candidates ---------------------------------------------------------------
@@ -478,9 +580,16 @@ def judge_candidates(
     """
     if judge.score is not None:
         flat = [(prompt, reply) for prompt, group in zip(prompts, candidates, strict=True) for reply in group]
-        scores = judge.score([prompt for prompt, _ in flat], [reply for _, reply in flat]).split([len(group) for group in candidates])
+        scores = judge.score([prompt for prompt, _ in flat], [reply for _, reply in flat]).split(
+            [len(group) for group in candidates]
+        )
         return list(scores), [torch.sigmoid(judge.scale * (s[:, None] - s[None, :])) for s in scores]
-    pairs = [(g, i, j) for g, group in enumerate(candidates) for i in range(len(group)) for j in range(i + 1, len(group))]
+    pairs = [
+        (g, i, j)
+        for g, group in enumerate(candidates)
+        for i in range(len(group))
+        for j in range(i + 1, len(group))
+    ]
     asked = [prompts[g] for g, _, _ in pairs]
     first, second = [candidates[g][i] for g, i, _ in pairs], [candidates[g][j] for g, _, j in pairs]
     p_first = both_orders(judge, asked, first, second) if average else judge.preference(asked, first, second)
@@ -488,3 +597,12 @@ def judge_candidates(
     for (g, i, j), p in zip(pairs, p_first.tolist(), strict=True):
         matrices[g][i, j], matrices[g][j, i] = p, 1 - p
     return None, matrices
+
+
+def golden_of(
+    judge: Judge, prompts: list[Prompt], texts: list[list[str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The judge's score (G, M) and preferences (G, M, M) of M replies to each prompt; without a scalar, the mean preference is the score."""
+    scores, matrices = judge_candidates(judge, prompts, texts)
+    preference = torch.stack(matrices)
+    return preference.mean(2) if scores is None else torch.stack(scores), preference

@@ -28,14 +28,14 @@ from typing import Literal
 import torch
 
 import common
-import optimization
-from common import require
-from experiment import Run, check_common, command_line, evaluate, write_model
-from judges import Judge, both_orders, judge_candidates, load_judge
+from cleanalign.errors import require
+from cleanalign.optimization import MasterAdamW, SplitAdamW, learning_rate_at, make_optimiser
+from experiment import Experiment, Holds, RunArgs, check_common, command_line, set_up
+from judges import Judge, both_orders, judge_candidates
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     """Nash-MD-PG, Nash-EMA-PG, self-play, best response and RLHF policy gradient (arXiv 2312.00886).
 
     python nash_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
@@ -46,24 +46,8 @@ class Args:
     """
 
     # run
-    seed: int = 1
-    """Seed of everything random; a run is a function of its arguments."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto is cuda, else mps, else cpu."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps: --optimizer-states."""
-    run_dir: str = "runs"
-    """Folder that holds the run folders."""
-    run_name: str | None = None
-    """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
-    resume: str | None = None
-    """Run folder to continue from its last checkpoint, with the arguments it had."""
     save_every: int = 20
     """Optimiser steps between checkpoints; 0 writes none."""
-    track: bool = False
-    """Also log to Weights & Biases (needs the package wandb)."""
-    dry_run: bool = False
-    """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -72,8 +56,6 @@ class Args:
     """Rank of a LoRA adapter on every linear layer; 0 trains all weights."""
     lora_alpha: int = 64
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     dataset: str = "chitchat"
     """Prompts: a name (chitchat, ultrafeedback, tldr), hub id, or .jsonl, .jsonl.gz or .parquet file."""
     num_prompts: int | None = 288
@@ -141,8 +123,11 @@ class Args:
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 64
     """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
-    decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
-    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as graphs; auto is graphs on CUDA."""
+
+    def holds(self) -> Holds:
+        """Beside the policy: the reference, and the EMA opponent. A row of training holds a prompt's K replies."""
+        average = self.opponent == "ema" and self.objective == "nash"  # RLHF has no opponent
+        return Holds(average=average, completions=self.samples_per_prompt)
 
 
 TLDR = Args(  # the paper's task, for a hub policy of one billion weights
@@ -179,7 +164,50 @@ RECIPES = {
         gradient_checkpointing=True,
     ),
 }
-CURVES = ("score", "preference", "exploitability", "kl", "length", "entropy", "mixture_agreement", "advantage_std", "grad_norm")
+CURVES = (
+    "score",
+    "preference",
+    "exploitability",
+    "kl",
+    "length",
+    "entropy",
+    "mixture_agreement",
+    "advantage_std",
+    "grad_norm",
+)
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that cannot work. Raises `UserError` naming flag and value."""
+    check_common(args)
+    require(args.tau >= 0, f"--tau must not be negative, got {args.tau}.")
+    require(
+        0 <= args.beta <= 1,
+        f"--beta must lie in [0, 1], got {args.beta}: it is the reference's share in the mixture.",
+    )
+    require(0 <= args.ema_decay <= 1, f"--ema-decay must lie in [0, 1], got {args.ema_decay}.")
+    require(args.epochs >= 1, f"--epochs must be at least 1, got {args.epochs}.")
+    require(args.learning_rate > 0, f"--learning-rate must be above 0, got {args.learning_rate}.")
+    require(
+        args.temperature > 0,
+        "--temperature 0 (greedy): a policy gradient needs samples, not the one most likely reply.",
+    )
+    require(
+        args.samples_per_prompt >= 1,
+        f"--samples-per-prompt must be at least 1, got {args.samples_per_prompt}.",
+    )
+    if args.baseline == "leave-one-out":
+        require(
+            args.objective == "nash",
+            "--baseline leave-one-out is for --objective nash; rlhf always takes the mean reward of the batch's other samples.",
+        )
+        require(
+            args.samples_per_prompt >= 2, "--baseline leave-one-out needs --samples-per-prompt of at least 2."
+        )
+        require(
+            args.opponent != "self",
+            "--baseline leave-one-out needs opponents drawn independently of the samples; with --opponent self they are each other's. Keep --baseline half.",
+        )
 
 
 def nash_md_loss(
@@ -212,7 +240,7 @@ def nash_md_loss(
 class EMA:
     """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight, and the weight's own while it plays."""
 
-    def __init__(self, optimiser: optimization.MasterAdamW | optimization.SplitAdamW, decay: float):
+    def __init__(self, optimiser: MasterAdamW | SplitAdamW, decay: float):
         self.optimiser, self.decay = optimiser, decay
         self.weights = [master.clone() for master in optimiser.masters]
 
@@ -234,9 +262,11 @@ class EMA:
         with torch.no_grad():
             for weight, average in zip(trained, self.weights, strict=True):
                 weight.copy_(average)
-            yield
-            for weight, own in zip(trained, kept, strict=True):
-                weight.copy_(own)
+            try:
+                yield
+            finally:
+                for weight, own in zip(trained, kept, strict=True):
+                    weight.copy_(own)
 
 
 @dataclass
@@ -250,108 +280,6 @@ class Group:
     baseline: list[float]  # (K,)
 
 
-def main(args: Args) -> None:
-    """Run Nash-MD: see the numbered steps, which docs/nash_md.md explains."""
-    check_args(args)
-
-    # 1. Model, judge, data.
-    device = common.resolve_device(args.device)
-    dtype = common.resolve_dtype(args.dtype, device)
-    judge = load_judge(args.judge, device)
-    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
-    require(
-        args.objective == "nash" or judge.score is not None,
-        f"--objective rlhf needs a scalar reward, and the judge {args.judge} has none. Use --judge sentiment or hf:ID, or --objective nash.",
-    )
-    train_rows, eval_rows = common.load_rows(args.dataset, held_out=args.eval_prompts)
-    tokenizer = common.load_tokenizer(args.model)
-    rows, prompts = common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "training prompts")
-    eval_rows, eval_prompts = common.encode_rows(tokenizer, eval_rows, args.max_prompt_length, args.eval_prompts, 0, "held-out prompts")
-    del train_rows
-    batches = plan_batches(args, len(rows))
-    attention = common.choose_attention(args.attention, device, args.max_prompt_length + args.samples_per_prompt * args.max_new_tokens)
-    policy = common.load_model(args.model, dtype, device, attention)
-    ends = common.end_tokens(policy, tokenizer)
-    policy = common.make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
-    reference = common.starting_model(policy, args.model, dtype, device, attention)
-    states = sum(optimization.bytes_per_weight(args.optimizer_states, dtype).values())
-    if uses_ema(args):
-        states += 4 + dtype.itemsize  # the average, and while it plays the policy's own weights
-    rows_at_once = common.choose_sample_rows(args.sample_rows, [policy, reference], args.max_prompt_length + args.max_new_tokens, states)
-    args = replace(args, sample_rows=rows_at_once)
-    sampling = dict(
-        ends=ends,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_rows=args.sample_rows,
-        decoding=common.resolve_decoding(args.decoding, device),
-    )
-
-    run = Run("nash_md", args, len(batches))
-    run.create()
-    state = run.restore()
-    optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
-    ema = EMA(optimiser, args.ema_decay) if uses_ema(args) else None
-    if state:
-        optimiser.load_state_dict(state["optimiser"])
-        if ema:
-            ema.load(state["ema"])
-    for step in range(state["step"] + 1 if state else 1, len(batches) + 1):
-        # 2. The policy and its opponent answer each prompt; the judge says whom it prefers.
-        seed = common.derive_seed(args.seed, step)
-        batch, metrics = collect(args, batches[step - 1], seed, rows, prompts, policy, reference, ema, tokenizer, sampling, judge, run)
-
-        # 3. Log-probs, policy gradient, step.
-        learning_rate = optimization.learning_rate_at(step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule)
-        with run.phase("training"):
-            metrics |= train_step(args, policy, reference, optimiser, batch, learning_rate, ends, device, run, step)
-            if ema:
-                ema.update()
-        metrics |= {"learning_rate": learning_rate, **run.throughput()}
-        run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
-        if args.save_every and step % args.save_every == 0 and step < len(batches):
-            run.save({"step": step, "optimiser": optimiser.state_dict(), "ema": ema and ema.weights})
-
-    if args.dry_run:
-        return run.finish_dry_run(policy)
-
-    # 4. Compare with the starting model on held-out prompts; save.
-    optimiser.release()
-    with run.phase("evaluation"):
-        summary = evaluate(run, policy, reference, tokenizer, ends, eval_rows, eval_prompts, judge, eval_judge)
-    write_model(run, policy, tokenizer, summary)
-    run.finish(summary, CURVES)
-
-
-def uses_ema(args: Args) -> bool:
-    """Whether an average of the weights is kept: RLHF has no opponent."""
-    return args.opponent == "ema" and args.objective == "nash"
-
-
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work. Raises `UserError` naming flag and value."""
-    check_common(args)
-    require(args.tau >= 0, f"--tau must not be negative, got {args.tau}.")
-    require(0 <= args.beta <= 1, f"--beta must lie in [0, 1], got {args.beta}: it is the reference's share in the mixture.")
-    require(0 <= args.ema_decay <= 1, f"--ema-decay must lie in [0, 1], got {args.ema_decay}.")
-    require(args.epochs >= 1, f"--epochs must be at least 1, got {args.epochs}.")
-    require(args.learning_rate > 0, f"--learning-rate must be above 0, got {args.learning_rate}.")
-    require(args.temperature > 0, "--temperature 0 (greedy): a policy gradient needs samples, not the one most likely reply.")
-    require(args.samples_per_prompt >= 1, f"--samples-per-prompt must be at least 1, got {args.samples_per_prompt}.")
-    require(args.num_prompts is None or args.num_prompts >= 1, f"--num-prompts must be at least 1, got {args.num_prompts}.")
-    if args.baseline == "leave-one-out":
-        require(
-            args.objective == "nash",
-            "--baseline leave-one-out is for --objective nash; rlhf always takes the mean reward of the batch's other samples.",
-        )
-        require(args.samples_per_prompt >= 2, "--baseline leave-one-out needs --samples-per-prompt of at least 2.")
-        require(
-            args.opponent != "self",
-            "--baseline leave-one-out needs opponents drawn independently of the samples; with --opponent self they are each other's. Keep --baseline half.",
-        )
-
-
 def plan_batches(args: Args, prompts: int) -> list[list[int]]:
     """Prompt indices of every optimiser step: each epoch in an order of its own, `--max-steps` at most."""
     batches = []
@@ -362,47 +290,56 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
     return batches[: args.max_steps]
 
 
-def collect(args, indices, seed, rows, prompts, policy, reference, ema, tokenizer, sampling, judge, run) -> tuple[list[Group], dict]:
+def collect(
+    exp: Experiment, indices: list[int], step: int, ema: EMA | None = None
+) -> tuple[list[Group], dict]:
     """The policy's K samples for each prompt and their preferences against the opponent's; metrics of the sampling."""
-    chosen_rows, chosen_prompts = [rows[i] for i in indices], [prompts[i] for i in indices]
-    K, stats = args.samples_per_prompt, {}
-    with run.phase("sampling"):
-        if args.objective == "rlhf" or (args.opponent == "self" and K > 1):
-            own, others = common.sample(policy, chosen_prompts, completions=K, seed=seed, stats=stats, **sampling), None
-        elif args.opponent in ("mixture", "self"):  # one pass of the policy serves its own rows and the opponent's
-            beta = args.beta if args.opponent == "mixture" else 0.0
-            both = common.sample(
-                policy, chosen_prompts, completions=K + 1, seed=seed, mixture=(reference, beta), unmixed=K, stats=stats, **sampling
-            )
-            own, others = [group[:K] for group in both], [group[K] for group in both]
-        else:
-            own = common.sample(policy, chosen_prompts, completions=K, seed=seed, stats=stats, **sampling)
-            with ema.in_place_of_policy() if ema else contextlib.nullcontext():
-                rival = policy if ema else reference
-                others = [group[0] for group in common.sample(rival, chosen_prompts, seed=seed + 1, stats=stats, **sampling)]
-    run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
-    run.add_tokens("sampling", stats["tokens"])
-
-    with run.phase("judging"):
-        asked, texts = [row.prompt for row in chosen_rows], [[common.decode(tokenizer, c) for c in group] for group in own]
-        rivals = [common.decode(tokenizer, c) for c in others] if others else None
+    args, seed = exp.args, common.derive_seed(exp.args.seed, step)
+    rows, prompts = [exp.rows[i] for i in indices], [exp.prompts[i] for i in indices]
+    own, rivals, stats = answer(exp, prompts, seed, ema)
+    with exp.run.phase("judging"):
+        asked, texts = [row.prompt for row in rows], exp.texts(own)
         if args.objective == "rlhf":
-            preference = scores = torch.stack(judge_candidates(judge, asked, texts)[0])  # (G, K) the reward r(y)
-            baseline = (preference.sum() - preference) / max(1, preference.numel() - 1)  # mean of the batch's other rewards, if any
+            preference = scores = torch.stack(
+                judge_candidates(exp.judge, asked, texts)[0]
+            )  # (G, K) the reward r(y)
+            others = max(1, preference.numel() - 1)
+            baseline = (preference.sum() - preference) / others  # mean of the batch's other rewards, if any
         else:
-            preference, scores = play(judge, asked, texts, rivals, args.both_orders)  # (G, K) p(y ≻ y')
+            rival_texts = rivals and [group[0] for group in exp.texts(rivals)]
+            preference, scores = play(
+                exp.judge, asked, texts, rival_texts, args.both_orders
+            )  # (G, K) p(y ≻ y')
             baseline = torch.full_like(preference, 0.5)
             if args.baseline == "leave-one-out":
-                baseline = (preference.sum(1, keepdim=True) - preference) / (K - 1)
-    metrics = {"preference": preference.mean().item(), "advantage_std": (preference - baseline).std(correction=0).item()}
+                baseline = (preference.sum(1, keepdim=True) - preference) / (args.samples_per_prompt - 1)
+
+    advantage = preference - baseline  # (G, K)
+    metrics = {"preference": preference.mean().item(), "advantage_std": advantage.std(correction=0).item()}
     if "agreement" in stats:
         metrics["mixture_agreement"] = stats["agreement"]
     if scores is not None:
         metrics["score"] = scores.mean().item()
-    if judge.measure is not None:
-        metrics |= judge.measure([text for group in texts for text in group])
-    columns = (chosen_rows, chosen_prompts, own, preference.tolist(), baseline.tolist())
-    return [Group(row.id, *rest) for row, *rest in zip(*columns, strict=True)], metrics
+    if exp.judge.measure is not None:
+        metrics |= exp.judge.measure([text for group in texts for text in group])
+    columns = zip(rows, prompts, own, preference.tolist(), baseline.tolist(), strict=True)
+    return [Group(row.id, *example) for row, *example in columns], metrics
+
+
+def answer(exp: Experiment, prompts: list[list[int]], seed: int, ema: EMA | None):
+    """The policy's K samples for each prompt; its opponent's one, or None where the samples play each other or nobody; sampling's stats."""
+    args, K = exp.args, exp.args.samples_per_prompt
+    if args.objective == "rlhf" or (args.opponent == "self" and K > 1):
+        own, stats = exp.sample(prompts, seed, K)
+        return own, None, stats
+    if args.opponent in ("mixture", "self"):  # one pass of the policy serves its own rows and the opponent's
+        beta = args.beta if args.opponent == "mixture" else 0.0
+        both, stats = exp.sample(prompts, seed, K + 1, mixture=(exp.reference, beta), unmixed=K)
+        return [group[:K] for group in both], [group[K:] for group in both], stats
+    own, stats = exp.sample(prompts, seed, K)
+    with ema.in_place_of_policy() if ema else contextlib.nullcontext():
+        rivals, _ = exp.sample(prompts, seed + 1, model=exp.policy if ema else exp.reference)
+    return own, rivals, stats
 
 
 def play(judge: Judge, prompts: list, samples: list[list[str]], rivals: list[str] | None, average: bool):
@@ -417,29 +354,43 @@ def play(judge: Judge, prompts: list, samples: list[list[str]], rivals: list[str
     """
     K = len(samples[0])
     if rivals and judge.score is None:  # of all pairs only these
-        sides = [x for x in prompts for _ in range(K)], [t for group in samples for t in group], [x for x in rivals for _ in range(K)]
+        sides = (
+            [x for x in prompts for _ in range(K)],
+            [t for group in samples for t in group],
+            [x for x in rivals for _ in range(K)],
+        )
         return (both_orders(judge, *sides) if average else judge.preference(*sides)).view(-1, K), None
-    candidates = [[*group, rival] for group, rival in zip(samples, rivals, strict=True)] if rivals else samples
+    candidates = (
+        [[*group, rival] for group, rival in zip(samples, rivals, strict=True)] if rivals else samples
+    )
     scores, matrices = judge_candidates(judge, prompts, candidates, average)
     p = torch.stack(matrices)  # (G, K, K), ½ on the diagonal, or with the rivals (G, K + 1, K + 1)
-    return p[:, :K, K] if rivals else (p.sum(-1) - 0.5) / (K - 1), None if scores is None else torch.stack(scores)[:, :K]
+    return p[:, :K, K] if rivals else (p.sum(-1) - 0.5) / (K - 1), None if scores is None else torch.stack(
+        scores
+    )[:, :K]
 
 
-def train_step(args, policy, reference, optimiser, batch: list[Group], learning_rate: float, ends, device, run, step: int) -> dict:
+def train_step(exp: Experiment, optimiser, batch: list[Group], step: int, learning_rate: float) -> dict:
     """One optimiser step on G prompts' samples, in micro-batches; returns its metrics."""
-    total = {}
-    parts = common.micro_batches([g.prompt for g in batch], [g.completions for g in batch], args.micro_batch_tokens)
-    for part in parts:
+    args, run = exp.args, exp.run
+    prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
+    means = common.Means(len(batch))
+    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
         groups = [batch[i] for i in part]
-        data = common.collate([g.prompt for g in groups], [g.completions for g in groups], device)
-        preference = torch.tensor([g.preference for g in groups], device=device)  # (G, K)
-        baseline = torch.tensor([g.baseline for g in groups], device=device)  # (G, K)
+        data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
+        preference = torch.tensor([g.preference for g in groups], device=exp.device).flatten()  # (G*K,)
+        baseline = torch.tensor([g.baseline for g in groups], device=exp.device).flatten()  # (G*K,)
         with torch.no_grad(), run.phase("reference"):
-            reference_logprobs = common.completion_logprobs(reference, data, args.temperature)  # (G, K, T)
-        logprobs, entropy = common.completion_logprobs(policy, data, args.temperature, entropy=True)  # (G, K, T)
-        rows = [x.flatten(0, 1) for x in (logprobs, reference_logprobs, data.mask, preference, baseline)]  # (G*K, …)
-        loss = nash_md_loss(*rows[:4], args.tau, rows[4])
-        run.stop_unless_finite(step, loss.item(), [g.row_id for g in groups])
+            reference_logprobs = common.completion_logprobs(
+                exp.reference, data, args.temperature
+            )  # (G, K, T)
+        logprobs, entropy = common.completion_logprobs(
+            exp.policy, data, args.temperature, entropy=True
+        )  # (G, K, T)
+        policy_rows, reference_rows, mask = (
+            x.flatten(0, 1) for x in (logprobs, reference_logprobs, data.mask)
+        )  # (G*K, T)
+        loss = nash_md_loss(policy_rows, reference_rows, mask, preference, args.tau, baseline)
         (loss * len(groups) / len(batch)).backward()
         run.add_batch("training", data)
         run.add_tokens("reference", data.tokens, data.scored)
@@ -449,16 +400,63 @@ def train_step(args, policy, reference, optimiser, batch: list[Group], learning_
                 "loss": loss,
                 "logps/policy": logprobs.sum(-1).mean(),
                 "logps/reference": reference_logprobs.sum(-1).mean(),
-                "kl": (logprobs - reference_logprobs).sum(-1).mean(),  # unbiased estimate of KL(π ‖ π_ref), nats per reply
+                # at top-p 1 an unbiased estimate of KL(π ‖ π_ref), nats per reply
+                "kl": (logprobs - reference_logprobs).sum(-1).mean(),
                 "entropy": entropy.sum() / data.mask.sum(),
                 "length": data.mask.sum(-1).mean(),
             }
-            for name, value in measured.items():
-                total[name] = total.get(name, 0.0) + float(value) * len(groups) / len(batch)
-    total["finished"] = sum(c[-1] in ends for g in batch for c in g.completions) / sum(len(g.completions) for g in batch)
+            means.add([g.row_id for g in groups], measured)
+    total = means.read()
+    run.stop_unless_finite(step, total["loss"], means.not_finite())
+    replies = [c for group in completions for c in group]
+    total["finished"] = sum(c[-1] in exp.ends for c in replies) / len(replies)
     with run.phase("update"):
         total["grad_norm"] = optimiser.step(learning_rate, args.max_grad_norm)
     return total
+
+
+def main(args: Args) -> None:
+    """Run Nash-MD: see the numbered steps, which docs/nash_md.md explains."""
+    check_args(args)
+
+    # 1. Model, judge, data; the run folder.
+    exp = set_up("nash_md", args)
+    require(
+        args.objective == "nash" or exp.judge.score is not None,
+        f"--objective rlhf needs a scalar reward, and the judge {args.judge} has none. "
+        "Use --judge sentiment or hf:ID, or --objective nash.",
+    )
+    batches = plan_batches(args, len(exp.rows))
+    exp.begin(len(batches))
+    optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
+    ema = EMA(optimiser, args.ema_decay) if args.holds().average else None
+    if exp.state:
+        optimiser.load_state_dict(exp.state["optimiser"])
+        if ema:
+            ema.load(exp.state["ema"])
+    done = exp.state["step"] if exp.state else 0
+
+    for step in range(done + 1, len(batches) + 1):
+        # 2. The policy and its opponent answer each prompt; the judge says whom it prefers.
+        groups, metrics = collect(exp, batches[step - 1], step, ema)
+
+        # 3. Log-probs, policy gradient, step.
+        learning_rate = learning_rate_at(
+            step - 1, len(batches), args.learning_rate, args.warmup_ratio, args.schedule
+        )
+        with exp.run.phase("training"):
+            metrics |= train_step(exp, optimiser, groups, step, learning_rate)
+            if ema:
+                ema.update()
+        metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
+        exp.run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
+        if exp.run.due(step):
+            average = ema.weights if ema else None
+            exp.run.save({"step": step, "optimiser": optimiser.state_dict(), "ema": average})
+
+    # 4. Compare with the starting model on held-out prompts; save.
+    optimiser.release()
+    exp.finish(CURVES)
 
 
 if __name__ == "__main__":

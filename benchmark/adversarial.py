@@ -40,15 +40,25 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], name: str = "adversarial"
     result = {"command": " ".join(["python", *sys.argv]), "runs": []}
     for i, run in enumerate(runs):
         if not (run / "summary.json").exists():
-            sys.exit(f"error: {run}: no summary.json there; give finished runs of afd.py --objective reverse-kl or js.")
+            sys.exit(
+                f"error: {run}: no summary.json there; give finished runs of afd.py --objective reverse-kl or js."
+            )
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curves = {key: [s[f"adversarial/{key}"] for s in steps if f"adversarial/{key}" in s] for key in PANELS}
+        curves = {
+            key: [s[f"adversarial/{key}"] for s in steps if f"adversarial/{key}" in s] for key in PANELS
+        }
         origin, summary = (json.loads((run / file).read_text()) for file in ("args.json", "summary.json"))
         result["runs"].append(origin | {"summary": summary, "curves": curves})
         for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
             values = curves[key]
             axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.35, linewidth=0.8)
-            axis.plot(range(1, len(values) + 1), smooth(values), color=f"C{i}", linewidth=2, label=summary["objective"])
+            axis.plot(
+                range(1, len(values) + 1),
+                smooth(values),
+                color=f"C{i}",
+                linewidth=2,
+                label=summary["objective"],
+            )
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("policy update")
     axes[0, 0].legend()

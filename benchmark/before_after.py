@@ -42,11 +42,16 @@ def main(
         try:
             for side, commit in (("before", before), ("after", after)):
                 trees[side] = Path(scratch) / side
-                subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", "-q", str(trees[side]), commit], check=True)
+                subprocess.run(
+                    ["git", "-C", str(ROOT), "worktree", "add", "--detach", "-q", str(trees[side]), commit],
+                    check=True,
+                )
             result = {side: one_run(tree, script, flags, Path(scratch)) for side, tree in trees.items()}
         finally:
             for tree in trees.values():
-                subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=False)
+                subprocess.run(
+                    ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=False
+                )
     ratio = {"wall_seconds": result["before"]["wall_seconds"] / result["after"]["wall_seconds"]}
     for name, seconds in grouped(result["before"]["phase_seconds"]).items():
         ratio[name] = seconds / grouped(result["after"]["phase_seconds"])[name]
@@ -54,7 +59,9 @@ def main(
     Path(out).write_text(json.dumps(result, indent=2) + "\n")
     for side in ("before", "after"):
         run = result[side]
-        rates = ", ".join(f"{name.split('/')[1]} {value:.0f}" for name, value in run["tokens_per_second"].items())
+        rates = ", ".join(
+            f"{name.split('/')[1]} {value:.0f}" for name, value in run["tokens_per_second"].items()
+        )
         phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in run["phase_seconds"].items())
         print(
             f"{side:<7} {run['git_commit'][:7]}: {run['wall_seconds']:.1f} s; by phase {phases}; tokens/s {rates}; win rate {run['win_rate']:.3f}"
@@ -64,7 +71,15 @@ def main(
 
 def one_run(tree: Path, script: str, flags: str, scratch: Path) -> dict:
     """Wall seconds of `python SCRIPT FLAGS` in `tree`, start-up included, and what its summary says."""
-    words = [sys.executable, script, "--run-dir", str(scratch), "--run-name", f"run-{tree.name}", *flags.split()]
+    words = [
+        sys.executable,
+        script,
+        "--run-dir",
+        str(scratch),
+        "--run-name",
+        f"run-{tree.name}",
+        *flags.split(),
+    ]
     start = time.perf_counter()
     subprocess.run(words, cwd=tree, check=True, env={**os.environ, "PYTHONPATH": str(tree)})
     seconds = time.perf_counter() - start
@@ -73,7 +88,9 @@ def one_run(tree: Path, script: str, flags: str, scratch: Path) -> dict:
     return {
         "wall_seconds": seconds,
         "phase_seconds": summary["phase_seconds"],
-        "tokens_per_second": {name: value for name, value in summary.items() if name.startswith("tokens_per_second/")},
+        "tokens_per_second": {
+            name: value for name, value in summary.items() if name.startswith("tokens_per_second/")
+        },
         **{name: summary[name] for name in ("steps", "win_rate", "kl", "peak_memory_bytes")},
         **{name: origin[name] for name in ("git_commit", "versions", "device_name")},
     }
@@ -81,8 +98,17 @@ def one_run(tree: Path, script: str, flags: str, scratch: Path) -> dict:
 
 def grouped(phases: dict[str, float]) -> dict[str, float]:
     """Seconds by phase, in groups that every commit has: the optimiser's update was once a part of `training`."""
-    groups = {"sampling": ("sampling",), "training": ("training", "update"), "reference": ("reference",), "evaluation": ("evaluation",)}
-    return {group: sum(phases.get(name, 0) for name in names) for group, names in groups.items() if any(n in phases for n in names)}
+    groups = {
+        "sampling": ("sampling",),
+        "training": ("training", "update"),
+        "reference": ("reference",),
+        "evaluation": ("evaluation",),
+    }
+    return {
+        group: sum(phases.get(name, 0) for name in names)
+        for group, names in groups.items()
+        if any(n in phases for n in names)
+    }
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ PREPARE = {  # study: (file or folder made, the command that makes it)
             "afd.py --objective forward-kl --min-demonstration-score None --num-prompts 640 --epochs 1 --micro-batch-tokens 768"
             " --eval-prompts 64 --save-every 0 --run-dir {run_dir} --run-name cycle-sft",
         ),
-        ("{run_dir}/cycle_reward.json", "benchmark/cycle_reward.py --model {run_dir}/cycle-sft/model --copy {run_dir}/cycle_reward.json"),
+        (
+            "{run_dir}/cycle_reward.json",
+            "benchmark/cycle_reward.py --model {run_dir}/cycle-sft/model --copy {run_dir}/cycle_reward.json",
+        ),
     )
 }
 STUDIES = {  # study: (metrics of the plot, {variant: command})
@@ -64,11 +67,25 @@ STUDIES = {  # study: (metrics of the plot, {variant: command})
         },
     ),
 }
-COLUMNS = ("win_rate", "eval_judge_win_rate", "score_after", "kl", "distinct_2_after", "length_after", "exploitability_after")
+COLUMNS = (
+    "win_rate",
+    "eval_judge_win_rate",
+    "score_after",
+    "kl",
+    "distinct_2_after",
+    "length_after",
+    "exploitability_after",
+)
 COLUMNS += tuple(f"style/{style}_after" for style in ("question", "exclamation", "statement"))
 
 
-def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_dir: str = "runs/compare", flags: str = "") -> None:
+def main(
+    study: tyro.conf.Positional[str],
+    seeds: int = 2,
+    jobs: int = 1,
+    run_dir: str = "runs/compare",
+    flags: str = "",
+) -> None:
     """Run a study and write its results.
 
     Args:
@@ -83,13 +100,19 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_di
     metrics, variants = STUDIES[study]
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     run_dir = str(Path(run_dir).resolve())
-    runs = [(name, seed, f"{command} --seed {seed} {flags}".strip()) for seed in range(1, seeds + 1) for name, command in variants.items()]
+    runs = [
+        (name, seed, f"{command} --seed {seed} {flags}".strip())
+        for seed in range(1, seeds + 1)
+        for name, command in variants.items()
+    ]
 
     def start(command: str, log: Path) -> None:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
         with open(log, "w") as lines:
             words = [sys.executable, *command.format(run_dir=run_dir).split()]
-            done = subprocess.run(words, cwd=ROOT, stdout=lines, stderr=lines, env={**os.environ, **threads}, check=False)
+            done = subprocess.run(
+                words, cwd=ROOT, stdout=lines, stderr=lines, env={**os.environ, **threads}, check=False
+            )
         if done.returncode:
             print(f"failed: {command}; see {log}", file=sys.stderr)
 
@@ -97,7 +120,10 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_di
         name, seed, command = item
         folder = Path(run_dir) / f"{study}-{list(variants).index(name)}-seed{seed}"
         if not (folder / "summary.json").exists():
-            start(f"{command} --save-every 0 --run-dir {run_dir} --run-name {folder.name}", folder.with_suffix(".log"))
+            start(
+                f"{command} --save-every 0 --run-dir {run_dir} --run-name {folder.name}",
+                folder.with_suffix(".log"),
+            )
         print(f"done: {name}, seed {seed}", flush=True)
         return name, seed, command.format(run_dir=run_dir), folder
 
@@ -131,7 +157,10 @@ def main(study: tyro.conf.Positional[str], seeds: int = 2, jobs: int = 1, run_di
 def table(rows: list[dict], variants: list[str]) -> str:
     """Markdown: one line a variant, each cell the seeds' values."""
     columns = [c for c in COLUMNS if any(row["summary"].get(c) is not None for row in rows)]
-    lines = ["| variant | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| variant | " + " | ".join(c.replace("_", " ") for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name in variants:
         summaries = [row["summary"] for row in rows if row["variant"] == name]
         show = lambda x: "–" if x is None else f"{x:.3f}" if x < 10 else f"{x:.1f}"  # noqa: E731
@@ -155,7 +184,10 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
 
     columns = min(2, len(metrics))
     figure, axes = plt.subplots(
-        -(-len(metrics) // columns), columns, figsize=(7 if columns == 1 else 11, 4 * -(-len(metrics) // columns)), squeeze=False
+        -(-len(metrics) // columns),
+        columns,
+        figsize=(7 if columns == 1 else 11, 4 * -(-len(metrics) // columns)),
+        squeeze=False,
     )
     for axis, metric in zip(axes.flat, metrics, strict=True):
         for i, name in enumerate(variants):

@@ -34,7 +34,10 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], name: str = "construction
     keep = ("args", "git_commit", "git_dirty", "versions", "device_name")
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "runs": [{key: origin[key] for key in keep} | report for origin, report in zip(origins, reports, strict=True)],
+        "runs": [
+            {key: origin[key] for key in keep} | report
+            for origin, report in zip(origins, reports, strict=True)
+        ],
     }
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{name}.md").write_text(table(reports, rankers))
@@ -53,9 +56,15 @@ def table(reports: list[dict], rankers: list[str]) -> str:
     for name in rankers:
         curves = [report["rankers"][name] for report in reports]
         at = [show(curve["score"][n - 1] for curve in curves) for n in (1, min(4, last), last)]
-        band = " / ".join(f"[{curve['win_rate_low'][-1]:.3f}, {curve['win_rate_high'][-1]:.3f}]" for curve in curves)
-        separability = show(c.get("separability") for c in curves) if curves[0].get("separability") is not None else ""
-        lines.append(f"| {name} | {' | '.join(at)} | {show(c['win_rate'][-1] for c in curves)} | {band} | {separability} |")
+        band = " / ".join(
+            f"[{curve['win_rate_low'][-1]:.3f}, {curve['win_rate_high'][-1]:.3f}]" for curve in curves
+        )
+        separability = (
+            show(c.get("separability") for c in curves) if curves[0].get("separability") is not None else ""
+        )
+        lines.append(
+            f"| {name} | {' | '.join(at)} | {show(c['win_rate'][-1] for c in curves)} | {band} | {separability} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -67,16 +76,27 @@ def plot(reports: list[dict], rankers: list[str], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6))
-    for axis, key, title in zip(axes, ("score", "win_rate"), ("judge's score of the best of N", "win rate against N = 1"), strict=True):
+    for axis, key, title in zip(
+        axes, ("score", "win_rate"), ("judge's score of the best of N", "win rate against N = 1"), strict=True
+    ):
         for i, name in enumerate(rankers):
             curves = [report["rankers"][name][key] for report in reports]
             style = "-" if name.startswith("reward") or name == "log-ratio" else "--"
             for curve in curves:
                 axis.plot(reports[0]["n"], curve, style, color=f"C{i}", alpha=0.35, linewidth=0.8)
-            axis.plot(reports[0]["n"], [sum(v) / len(v) for v in zip(*curves, strict=True)], style, color=f"C{i}", linewidth=2, label=name)
+            axis.plot(
+                reports[0]["n"],
+                [sum(v) / len(v) for v in zip(*curves, strict=True)],
+                style,
+                color=f"C{i}",
+                linewidth=2,
+                label=name,
+            )
         axis.set_xlabel("N")
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(top=min(axis.get_ylim()[1], 0.8))  # the judge's own choice, far above, would flatten the others
+        axis.set_ylim(
+            top=min(axis.get_ylim()[1], 0.8)
+        )  # the judge's own choice, far above, would flatten the others
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)

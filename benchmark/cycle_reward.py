@@ -36,7 +36,9 @@ def reward(prompts: list[str], replies: list[str]) -> list[float]:
     return [_rewards()[style(reply)] for reply in replies]
 
 
-reward.measure = cycle_measure  # the run's log shows style shares and exploitability, as under the judge itself
+reward.measure = (
+    cycle_measure  # the run's log shows style shares and exploitability, as under the judge itself
+)
 
 
 def fit(first: list[str], second: list[str]) -> torch.Tensor:
@@ -64,7 +66,13 @@ def main(model: str = "smollm2-135m", prompts: int = 512, copy: str | None = Non
     rows, _ = common.load_rows("chitchat")
     _, tokens = common.encode_rows(tokenizer, rows, 64, prompts, 0, "prompts")
     pairs = common.sample(
-        policy, tokens, common.end_tokens(policy, tokenizer), completions=2, max_new_tokens=24, seed=0, progress="sampling"
+        policy,
+        tokens,
+        common.end_tokens(policy, tokenizer),
+        completions=2,
+        max_new_tokens=24,
+        seed=0,
+        progress="sampling",
     )
     first, second = ([common.decode(tokenizer, pair[i]) for pair in pairs] for i in (0, 1))
     fitted = fit(first, second)

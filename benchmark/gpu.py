@@ -38,9 +38,19 @@ import synthetic  # noqa: E402
 
 LLAMA3_8B = synthetic.CONFIGS["llama3-8b"][1]
 TINY = LLAMA3_8B | dict(
-    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
 )
-SECONDS = {"decode": 170, "train": 150, "scripts": 110, "generate": 95}  # each part's limit, in the order they run
+SECONDS = {
+    "decode": 170,
+    "train": 150,
+    "scripts": 110,
+    "generate": 95,
+}  # each part's limit, in the order they run
 
 
 class Figures:
@@ -59,7 +69,9 @@ class Figures:
         try:
             self[name] = measure()
         except Exception as error:
-            self[name] = f"not available: {type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
+            self[name] = (
+                f"not available: {type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
+            )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -113,7 +125,10 @@ def decode(figures: Figures, device, smoke: bool) -> None:
     P, T, sizes = (32, 16, (4, 8)) if smoke else (512, 512, (64, 256))
     figures["ceilings"] = limits = ceilings(device, smoke)
     model, reference = random_model(shape, device, 0), random_model(shape, device, 1)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    weights = (
+        sum(p.numel() * p.element_size() for p in model.parameters())
+        - model.get_input_embeddings().weight.nbytes
+    )
     cache = 2 * common.key_value_numbers(transformers.LlamaConfig(**shape))
     graphs = "graphs" if device.type == "cuda" else "eager"
     steps = {}
@@ -123,12 +138,16 @@ def decode(figures: Figures, device, smoke: bool) -> None:
         settings = dict(seed=0, max_rows=rows, decoding=decoding, **mixture)
         prefill = seconds(lambda: common.sample(model, prompts, [-1], max_new_tokens=1, **settings), warmup=1)
         stats = {}
-        whole = seconds(lambda: common.sample(model, prompts, [-1], max_new_tokens=length, stats=stats, **settings))
+        whole = seconds(
+            lambda: common.sample(model, prompts, [-1], max_new_tokens=length, stats=stats, **settings)
+        )
         assert stats["tokens"] == rows * length
         step = (whole - stats["warmup_seconds"] - prefill) / (length - 1 - stats["warmup_steps"])
         bound = (weights + rows * (P + length / 2) * cache) / limits["copy_bytes_per_second"]
         return {
-            "tokens_per_second": rows * length / (prefill + (length - 1) * step),  # prefill included, warm-up not
+            "tokens_per_second": rows
+            * length
+            / (prefill + (length - 1) * step),  # prefill included, warm-up not
             "milliseconds_per_step": 1e3 * step,
             "bound_milliseconds": 1e3 * bound,
             "share_of_bound": bound / step,
@@ -138,12 +157,25 @@ def decode(figures: Figures, device, smoke: bool) -> None:
 
     for rows in sizes:
         figures.attempt(f"{graphs}, {rows} rows", lambda rows=rows: steps.setdefault(rows, measure(rows)))
-        figures.attempt(f"mixture, {rows} rows", lambda rows=rows: steps.setdefault(-rows, measure(rows, mixture=(reference, 0.125))))
+        figures.attempt(
+            f"mixture, {rows} rows",
+            lambda rows=rows: steps.setdefault(-rows, measure(rows, mixture=(reference, 0.125))),
+        )
         if rows in steps and -rows in steps:
-            figures[f"mixture ratio, {rows} rows"] = steps[-rows]["milliseconds_per_step"] / steps[rows]["milliseconds_per_step"]
-    figures.attempt(f"attention alone, {sizes[-1]} rows", lambda: attention_alone(shape, sizes[-1], P + T // 2, device))
-    figures.attempt(f"one kernel at a time, {sizes[0]} rows", lambda: measure(sizes[0], length=min(T, 64), decoding="eager"))
-    figures.attempt(f"where eager steps spend the device's time, {sizes[0]} rows", lambda: profile(model, sizes[0], P, shape, device))
+            figures[f"mixture ratio, {rows} rows"] = (
+                steps[-rows]["milliseconds_per_step"] / steps[rows]["milliseconds_per_step"]
+            )
+    figures.attempt(
+        f"attention alone, {sizes[-1]} rows", lambda: attention_alone(shape, sizes[-1], P + T // 2, device)
+    )
+    figures.attempt(
+        f"one kernel at a time, {sizes[0]} rows",
+        lambda: measure(sizes[0], length=min(T, 64), decoding="eager"),
+    )
+    figures.attempt(
+        f"where eager steps spend the device's time, {sizes[0]} rows",
+        lambda: profile(model, sizes[0], P, shape, device),
+    )
     if device.type == "cuda":
         figures.attempt(f"compiled, {sizes[0]} rows", lambda: measure(sizes[0], decoding="compiled"))
         figures.attempt(f"compiled, {sizes[-1]} rows", lambda: measure(sizes[-1], decoding="compiled"))
@@ -168,12 +200,16 @@ def attention_alone(shape: dict, rows: int, length: int, device) -> dict:
             return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
 
     ways = {
-        "transformers' repeated keys": lambda: F.scaled_dot_product_attention(query, repeat(key), repeat(value), attn_mask=mask),
+        "transformers' repeated keys": lambda: F.scaled_dot_product_attention(
+            query, repeat(key), repeat(value), attn_mask=mask
+        ),
         "grouped sdpa": lambda: F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask),
         "grouped matmul": by_matmul,
     }
     for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
-        ways[f"grouped sdpa, {backend}"] = lambda backend=backend: by_backend(getattr(torch.nn.attention.SDPBackend, backend))
+        ways[f"grouped sdpa, {backend}"] = lambda backend=backend: by_backend(
+            getattr(torch.nn.attention.SDPBackend, backend)
+        )
     result = {"bytes": 2 * key.nbytes}
     for name, way in ways.items():
         try:
@@ -185,7 +221,9 @@ def attention_alone(shape: dict, rows: int, length: int, device) -> dict:
 
 def profile(model, rows: int, P: int, shape: dict, device) -> dict:
     """Milliseconds of device time by kernel, of one prefill and eight steps."""
-    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    kind = (
+        torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    )
     prompts = random_prompts(rows, P, shape["vocab_size"])
     with torch.profiler.profile(activities=[kind]) as recorded:
         common.sample(model, prompts, [-1], max_new_tokens=9, seed=0, max_rows=rows, decoding="eager")
@@ -208,8 +246,12 @@ def generate(figures: Figures, device, smoke: bool) -> None:
 
     def sample():
         stats = {}
-        ours["seconds"] = seconds(lambda: common.sample(model, prompts, [-1], max_new_tokens=T, seed=0, max_rows=rows, stats=stats))
-        ours["warmup_seconds"] = stats["warmup_seconds"]  # in every call of ours; theirs have it in the first call only
+        ours["seconds"] = seconds(
+            lambda: common.sample(model, prompts, [-1], max_new_tokens=T, seed=0, max_rows=rows, stats=stats)
+        )
+        ours["warmup_seconds"] = stats[
+            "warmup_seconds"
+        ]  # in every call of ours; theirs have it in the first call only
         return ours
 
     def against(call):
@@ -223,7 +265,9 @@ def generate(figures: Figures, device, smoke: bool) -> None:
         }
 
     def continuous():
-        small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256) if smoke else None  # else all memory
+        small = (
+            transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256) if smoke else None
+        )  # else all memory
         config = transformers.GenerationConfig(**settings)
         done = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
         assert all(len(output.generated_tokens) == T for output in done.values()) and len(done) == rows
@@ -241,7 +285,9 @@ def generate(figures: Figures, device, smoke: bool) -> None:
 
 def run_script(script: str, flags: list[str]) -> subprocess.CompletedProcess:
     """One of the scripts, in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *flags], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def last_lines(done: subprocess.CompletedProcess) -> str:
@@ -251,12 +297,22 @@ def last_lines(done: subprocess.CompletedProcess) -> str:
 
 def train(figures: Figures, device, smoke: bool) -> None:
     """One step at 1,024 tokens with the 8B recipe's shapes and random weights: memory by phase, tokens a second, utilisation."""
-    common_flags = ["--dry-run", "--max-prompt-length", "512", "--max-new-tokens", "512", "--judge", "sentiment"]
+    common_flags = [
+        "--dry-run",
+        "--max-prompt-length",
+        "512",
+        "--max-new-tokens",
+        "512",
+        "--judge",
+        "sentiment",
+    ]
     for name, rank in (("LoRA", "32"), ("all weights", "0")):
         with tempfile.TemporaryDirectory() as folder:
             model = ["--model", tiny_world(Path(folder))[0]] if smoke else ["--model", "llama3-8b"]
 
-            def measure(flags=(*model, *common_flags, "--lora-rank", rank, "--run-dir", folder), folder=folder):
+            def measure(
+                flags=(*model, *common_flags, "--lora-rank", rank, "--run-dir", folder), folder=folder
+            ):
                 done = run_script("selm", list(flags))
                 written = sorted(Path(folder).rglob("dry_run.json"))
                 if done.returncode or not written:
@@ -272,7 +328,18 @@ def tiny_world(folder: Path) -> list[str]:
 
     model = tiny.folder(folder / "model")
     data, judge = tiny.prompts_file(folder / "prompts.jsonl"), tiny.judge_file(folder / "judges.py")
-    flags = ["--dataset", data, "--judge", f"{judge}:more_good", "--max-steps", "2", "--num-prompts", "16", "--batch-size", "8"]
+    flags = [
+        "--dataset",
+        data,
+        "--judge",
+        f"{judge}:more_good",
+        "--max-steps",
+        "2",
+        "--num-prompts",
+        "16",
+        "--batch-size",
+        "8",
+    ]
     return [model, "--model", model, *flags, "--eval-prompts", "8", "--max-new-tokens", "6"]
 
 
@@ -291,8 +358,18 @@ def scripts(figures: Figures, device, smoke: bool) -> None:
                     raise RuntimeError(f"{script}.py: {last_lines(done)}")
                 summary = json.loads((Path(folder) / "run/summary.json").read_text())
                 reached = summary["win_rate"] >= 0.82
-                keep = ("win_rate", "seconds", "steps", "phase_seconds", "peak_memory_bytes", "tokens_per_second/sampling")
-                return {"seconds_to_win_rate_0.82": summary["seconds"] if reached else None, **{k: summary.get(k) for k in keep}}
+                keep = (
+                    "win_rate",
+                    "seconds",
+                    "steps",
+                    "phase_seconds",
+                    "peak_memory_bytes",
+                    "tokens_per_second/sampling",
+                )
+                return {
+                    "seconds_to_win_rate_0.82": summary["seconds"] if reached else None,
+                    **{k: summary.get(k) for k in keep},
+                }
 
             figures.attempt(script, measure)
 
@@ -300,7 +377,12 @@ def scripts(figures: Figures, device, smoke: bool) -> None:
 PARTS = {"decode": decode, "train": train, "scripts": scripts, "generate": generate}
 
 
-def main(parts: tuple[str, ...] = tuple(SECONDS), smoke: bool = False, out: str | None = None, part: str | None = None) -> None:
+def main(
+    parts: tuple[str, ...] = tuple(SECONDS),
+    smoke: bool = False,
+    out: str | None = None,
+    part: str | None = None,
+) -> None:
     """Measure and write the figures.
 
     Args:
@@ -313,19 +395,37 @@ def main(parts: tuple[str, ...] = tuple(SECONDS), smoke: bool = False, out: str 
     if part is not None:
         PARTS[part](Figures(Path(out)), device, smoke)
         return
-    common.require(smoke or device.type == "cuda", "these shapes need a CUDA machine; --smoke runs tiny ones anywhere.")
+    common.require(
+        smoke or device.type == "cuda", "these shapes need a CUDA machine; --smoke runs tiny ones anywhere."
+    )
     unknown = [name for name in parts if name not in PARTS]
-    common.require(not unknown, f"--parts {' '.join(unknown)}: {common.near(unknown[0] if unknown else '', PARTS)}")
+    common.require(
+        not unknown, f"--parts {' '.join(unknown)}: {common.near(unknown[0] if unknown else '', PARTS)}"
+    )
     where = experiment.environment()
     for commit in ROOT.glob(".gpu/*/commit"):  # a machine that gets a copy of the files has no git history
         where["git_commit"] = where["git_commit"] or commit.read_text().strip()
     name = "smoke" if smoke else "-".join(where["device_name"].lower().split())
-    file = Path(out) if out else Path(tempfile.gettempdir()) / "gpu-smoke.json" if smoke else ROOT / f"benchmark/results/{name}.json"
+    file = (
+        Path(out)
+        if out
+        else Path(tempfile.gettempdir()) / "gpu-smoke.json"
+        if smoke
+        else ROOT / f"benchmark/results/{name}.json"
+    )
     result = {"command": " ".join(["python", *sys.argv]), **where, "smoke": smoke, "parts": {}}
     for name in parts:
         start = time.perf_counter()
         with tempfile.NamedTemporaryFile(suffix=".json") as scratch:
-            command = [sys.executable, __file__, "--part", name, "--out", scratch.name, *(["--smoke"] if smoke else [])]
+            command = [
+                sys.executable,
+                __file__,
+                "--part",
+                name,
+                "--out",
+                scratch.name,
+                *(["--smoke"] if smoke else []),
+            ]
             process = subprocess.Popen(command, start_new_session=True)
             try:
                 status = process.wait(timeout=SECONDS[name])
@@ -340,7 +440,9 @@ def main(parts: tuple[str, ...] = tuple(SECONDS), smoke: bool = False, out: str 
             "figures": json.loads(figures) if figures else {},
         }
         file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        print(f"== {name}: status {status}, {result['parts'][name]['seconds']} s; so far in {file}", flush=True)
+        print(
+            f"== {name}: status {status}, {result['parts'][name]['seconds']} s; so far in {file}", flush=True
+        )
 
 
 if __name__ == "__main__":

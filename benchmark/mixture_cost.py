@@ -47,7 +47,9 @@ def main(
     """
     experiment.keep_freed_memory(experiment.SMALL_MICRO_BATCH)  # as the default runs do
     device = common.resolve_device("auto")
-    load = lambda name: common.load_model(name, common.resolve_dtype("auto", device), device, common.choose_attention("auto", device, 128))  # noqa: E731
+    load = lambda name: common.load_model(
+        name, common.resolve_dtype("auto", device), device, common.choose_attention("auto", device, 128)
+    )  # noqa: E731
     reference = load(model)
     policies = {"untrained": load(model)} | ({"trained": load(policy)} if policy else {})
     tokenizer = common.load_tokenizer(model)
@@ -59,14 +61,19 @@ def main(
         def draw(name, mixed, length=length):
             stats = {}
             settings = {"mixture": (reference, beta)} if mixed else {}
-            common.sample(policies[name], asked, NEVER, max_new_tokens=length, seed=0, stats=stats, **settings)
+            common.sample(
+                policies[name], asked, NEVER, max_new_tokens=length, seed=0, stats=stats, **settings
+            )
             if mixed:
                 accepted.setdefault(length, {})[name] = stats.get("draft_acceptance")
 
         variants = {"policy alone": lambda: draw("untrained", False)}
         variants |= {f"mixture, {name} policy": lambda name=name: draw(name, True) for name in policies}
         seconds[length] = in_turn(variants, rounds, warmup=int(length == lengths[0]))
-    ratio = {length: {name: t / times["policy alone"] for name, t in times.items()} for length, times in seconds.items()}
+    ratio = {
+        length: {name: t / times["policy alone"] for name, t in times.items()}
+        for length, times in seconds.items()
+    }
     result = {
         "command": " ".join(["python", *sys.argv]),
         **experiment.environment(),

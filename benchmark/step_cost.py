@@ -49,12 +49,24 @@ def make_pairs(rng, count: int, alpha: float, third: float = 0.0) -> list[selm.P
         extra = alpha > 0 and i < third * count
         weights = [0.0, 0.0, 1.0] if extra else [0.5, 0.5] if alpha > 0 else [0.0, 0.0]
         completions = [tokens(24) for _ in range(2 + extra)]
-        pairs.append(selm.Pair(str(i), tokens(50), completions, [1.0] * len(completions), weights, reference=[-60.0] * len(completions)))
+        pairs.append(
+            selm.Pair(
+                str(i),
+                tokens(50),
+                completions,
+                [1.0] * len(completions),
+                weights,
+                reference=[-60.0] * len(completions),
+            )
+        )
     return pairs
 
 
 def main(
-    rounds: int = 5, model: str = "smollm2-135m", device: str = "auto", out: str = str(ROOT / "benchmark/results/step_cost.json")
+    rounds: int = 5,
+    model: str = "smollm2-135m",
+    device: str = "auto",
+    out: str = str(ROOT / "benchmark/results/step_cost.json"),
 ) -> None:
     """Measure and write the ratios.
 
@@ -74,9 +86,18 @@ def main(
 
     def step(alpha, third=0.0):
         pairs = make_pairs(random.Random(0), args.batch_size, alpha, third)
-        return lambda: selm.train_step(args, policy, optimiser, pairs, alpha, 1e-12, [2], where, experiment.Run("step_cost", args, 1), 1)
+        return lambda: selm.train_step(
+            args, policy, optimiser, pairs, alpha, 1e-12, [2], where, experiment.Run("step_cost", args, 1), 1
+        )
 
-    steps = in_turn({"alpha 0": step(0.0), "alpha > 0, K = 2": step(0.001), "alpha > 0, a third of y_s apart": step(0.001, 1 / 3)}, rounds)
+    steps = in_turn(
+        {
+            "alpha 0": step(0.0),
+            "alpha > 0, K = 2": step(0.001),
+            "alpha > 0, a third of y_s apart": step(0.001, 1 / 3),
+        },
+        rounds,
+    )
 
     result = {
         "command": " ".join(["python", *sys.argv]),

@@ -36,7 +36,11 @@ import selm  # noqa: E402
 import synthetic  # noqa: E402
 
 
-def main(part: tyro.conf.Positional[Literal["utilisation", "memory", "states", "foreseen"]], rounds: int = 8, device: str = "auto") -> None:
+def main(
+    part: tyro.conf.Positional[Literal["utilisation", "memory", "states", "foreseen"]],
+    rounds: int = 8,
+    device: str = "auto",
+) -> None:
     """Measure one part and write it.
 
     Args:
@@ -62,7 +66,9 @@ def policy_and_args(model: str, device: torch.device):
     """The default selm task's arguments, and a trainable policy on its attention backend."""
     args = selm.RECIPES["smollm2-135m"]
     dtype = common.resolve_dtype("auto", device)
-    attention = common.choose_attention(args.attention, device, args.max_prompt_length + 3 * args.max_new_tokens)
+    attention = common.choose_attention(
+        args.attention, device, args.max_prompt_length + 3 * args.max_new_tokens
+    )
     return common.make_trainable(common.load_model(model, dtype, device, attention), 0, 0, False), args
 
 
@@ -96,7 +102,9 @@ def utilisation(device: torch.device, rounds: int) -> dict:
         "matmul_peak_flops_per_second": max(peaks),
         "step_seconds_median": seconds,
         "step_seconds_by_part_mean": phases,
-        "share_of_cpu_time_by_operator": {event.key: round(event.self_cpu_time_total / everything, 3) for event in operators[:10]},
+        "share_of_cpu_time_by_operator": {
+            event.key: round(event.self_cpu_time_total / everything, 3) for event in operators[:10]
+        },
         "tokens": tokens,
         "scored": scored,
         "model_flops": flops,
@@ -145,7 +153,12 @@ def memory() -> dict:
     """Peak resident memory above weights and gradients of log-probs, forward and backward, of 4 rows of 1,024 tokens; V = 128,256."""
     grown = {}
     for way in ("ours", "naive"):
-        done = subprocess.run([sys.executable, "-c", PROBE.format(root=str(ROOT)), way], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE.format(root=str(ROOT)), way],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         grown[way] = int(done.stdout.split()[-1])
     return {
         "shape": "4 rows, 16 prompt and 1,008 completion tokens each, V = 128,256; Llama of 4 layers, width 256, bfloat16",
@@ -183,17 +196,26 @@ def states(device: torch.device, steps: int = 24, learning_rate: float = 5e-7) -
     args = replace(args, batch_size=4)
     start = [p.detach().float().cpu() for p in policy.parameters()]
     float32 = common.load_model("smollm2-135m", torch.float32, device)
-    batches = [make_pairs(random.Random(i), args.batch_size, 0.0) for i in range(4)]  # each used again and again: a loss that can fall
+    batches = [
+        make_pairs(random.Random(i), args.batch_size, 0.0) for i in range(4)
+    ]  # each used again and again: a loss that can fall
 
     def logprobs(model, pairs):
-        return common.sequence_logprobs(model, [p.prompt for p in pairs], [p.completions for p in pairs], 1.0, device, 512)
+        return common.sequence_logprobs(
+            model, [p.prompt for p in pairs], [p.completions for p in pairs], 1.0, device, 512
+        )
 
     def loss(masters) -> float:
         with torch.no_grad():
             for weight, master in zip(float32.parameters(), masters, strict=True):
                 weight.copy_(master)
-        ours, theirs = (torch.tensor([row for rows in every for row in rows]) for every in ([logprobs(float32, b) for b in batches], exact))
-        return selm.selm_loss(ours[:, 0], ours[:, 1], theirs[:, 0], theirs[:, 1], ours[:, 0], theirs[:, 0], args.beta, 0.0).item()
+        ours, theirs = (
+            torch.tensor([row for rows in every for row in rows])
+            for every in ([logprobs(float32, b) for b in batches], exact)
+        )
+        return selm.selm_loss(
+            ours[:, 0], ours[:, 1], theirs[:, 0], theirs[:, 1], ours[:, 0], theirs[:, 0], args.beta, 0.0
+        ).item()
 
     exact = [logprobs(float32, pairs) for pairs in batches]
     for pairs in batches:
@@ -204,13 +226,27 @@ def states(device: torch.device, steps: int = 24, learning_rate: float = 5e-7) -
         policy, _ = policy_and_args("smollm2-135m", device)
         optimiser, run = kind(policy), experiment.Run("selm", args, steps)
         for step in range(steps):
-            selm.train_step(args, policy, optimiser, batches[step % len(batches)], 0.0, learning_rate, [-1], device, run, step)
+            selm.train_step(
+                args,
+                policy,
+                optimiser,
+                batches[step % len(batches)],
+                0.0,
+                learning_rate,
+                [-1],
+                device,
+                run,
+                step,
+            )
         masters = [master.detach().float().cpu() for master in optimiser.masters]
         losses[kind.__name__] = loss(masters)
         went[kind.__name__] = [master - first for master, first in zip(masters, start, strict=True)]
 
     def dot(a, b) -> float:
-        return sum(torch.dot(x.flatten().double(), y.flatten().double()).item() for x, y in zip(went[a], went[b], strict=True))
+        return sum(
+            torch.dot(x.flatten().double(), y.flatten().double()).item()
+            for x, y in zip(went[a], went[b], strict=True)
+        )
 
     square = dot("MasterAdamW", "MasterAdamW")
     return {
@@ -218,11 +254,15 @@ def states(device: torch.device, steps: int = 24, learning_rate: float = 5e-7) -
         "learning_rate": learning_rate,
         "loss": losses,
         "displacement_relative_distance": {
-            name: max(0.0, (square + dot(name, name) - 2 * dot(name, "MasterAdamW")) / square) ** 0.5 for name in went
+            name: max(0.0, (square + dot(name, name) - 2 * dot(name, "MasterAdamW")) / square) ** 0.5
+            for name in went
         },
-        "displacement_cosine": {name: dot(name, "MasterAdamW") / (square * dot(name, name)) ** 0.5 for name in went},
+        "displacement_cosine": {
+            name: dot(name, "MasterAdamW") / (square * dot(name, name)) ** 0.5 for name in went
+        },
         "weights_that_stood_still": {
-            name: sum((d == 0).sum().item() for d in tensors) / sum(d.numel() for d in tensors) for name, tensors in went.items()
+            name: sum((d == 0).sum().item() for d in tensors) / sum(d.numel() for d in tensors)
+            for name, tensors in went.items()
         },
     }
 
@@ -245,7 +285,9 @@ def recipes_foreseen() -> dict:
             static = sum(n for what, n in needs.items() if what not in (dry_run.ACTIVATIONS, dry_run.CACHES))
             table.setdefault(model, {})[method] = round(static / dry_run.GIB, 2)
         table[model]["caches, 128 rows of 1,536 tokens"] = round(needs[dry_run.CACHES] / dry_run.GIB, 2)
-        table[model]["activations, 8,192 tokens, checkpointed"] = round(needs[dry_run.ACTIVATIONS] / dry_run.GIB, 2)
+        table[model]["activations, 8,192 tokens, checkpointed"] = round(
+            needs[dry_run.ACTIVATIONS] / dry_run.GIB, 2
+        )
     return {"gib": table}
 
 

@@ -35,7 +35,10 @@ from common import UserError, require  # noqa: E402
 
 TRL = {"nash": "1.13.0", "ipo": "1.16.0"}  # the last release with NashMDTrainer; and a current one
 PINS = "torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 tokenizers==0.23.3 vaderSentiment==3.3.2"
-TRL_SIDES = {"TRL, its defaults": True, "TRL, no gradient checkpointing": False}  # side: its gradient_checkpointing
+TRL_SIDES = {
+    "TRL, its defaults": True,
+    "TRL, no gradient checkpointing": False,
+}  # side: its gradient_checkpointing
 OURS = "ours"
 
 
@@ -46,7 +49,12 @@ class Side:
         self.name, self.command, self.log = name, command, log
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
         self.about = self._answer()
 
@@ -65,7 +73,10 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            raise UserError(f"{self.name} ended with {self.process.returncode}:\n" + "\n".join(self.log.read_text().splitlines()[-15:]))
+            raise UserError(
+                f"{self.name} ended with {self.process.returncode}:\n"
+                + "\n".join(self.log.read_text().splitlines()[-15:])
+            )
         return json.loads(line)
 
 
@@ -104,8 +115,17 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         if smoke:
             model, new_tokens, warmup_tokens = tiny_model(Path(scratch) / "tiny"), 6, 4
-        theirs = {name: on for name, on in TRL_SIDES.items() if checkpointing == "both" or on == (checkpointing == "on")}
-        settings = {"algorithm": algorithm, "batch_size": batch_size, "new_tokens": new_tokens, "micro_batch_tokens": micro_batch_tokens}
+        theirs = {
+            name: on
+            for name, on in TRL_SIDES.items()
+            if checkpointing == "both" or on == (checkpointing == "on")
+        }
+        settings = {
+            "algorithm": algorithm,
+            "batch_size": batch_size,
+            "new_tokens": new_tokens,
+            "micro_batch_tokens": micro_batch_tokens,
+        }
         lengths = [(warmup_tokens, 1)] + [(new_tokens, our_steps)] * steps
         sides = measure(settings, lengths, model, theirs, environment, Path(scratch))
     result = {
@@ -134,7 +154,9 @@ def check_environment(folder: Path, version: str) -> None:
     done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
     require(done.returncode == 0, f"--trl-env {folder}: trl or vaderSentiment is missing there. {make}")
     found = done.stdout.split()[0]
-    require(found == version, f"--trl-env {folder}: TRL {found} is there, this comparison needs {version}. {make}")
+    require(
+        found == version, f"--trl-env {folder}: TRL {found} is there, this comparison needs {version}. {make}"
+    )
 
 
 def tiny_model(folder: Path) -> str:
@@ -142,15 +164,32 @@ def tiny_model(folder: Path) -> str:
     import transformers
 
     tokenizer = common.load_tokenizer("smollm2-135m")
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    shape = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    ends = dict(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ends)
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def measure(settings: dict, rounds: list[tuple[int, int]], model: str, theirs: dict[str, bool], environment: Path, scratch: Path) -> dict:
+def measure(
+    settings: dict,
+    rounds: list[tuple[int, int]],
+    model: str,
+    theirs: dict[str, bool],
+    environment: Path,
+    scratch: Path,
+) -> dict:
     """What each side says of itself, every step it did and their median seconds.
 
     Args:
@@ -163,13 +202,21 @@ def measure(settings: dict, rounds: list[tuple[int, int]], model: str, theirs: d
     script, _ = vs_trl_ours.ALGORITHMS[settings["algorithm"]]
     rows, _, _ = vs_trl_ours.prompts_of(script.RECIPES["smollm2-135m"], model)
     prompts = scratch / "prompts.jsonl"
-    conversation = lambda prompt: prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]  # noqa: E731
+    conversation = lambda prompt: (
+        prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    )  # noqa: E731
     prompts.write_text("".join(json.dumps({"prompt": conversation(row.prompt)}) + "\n" for row in rows))
 
-    commands = {OURS: [sys.executable, str(HERE / "vs_trl_ours.py"), json.dumps({**settings, "model": model})]}
+    commands = {
+        OURS: [sys.executable, str(HERE / "vs_trl_ours.py"), json.dumps({**settings, "model": model})]
+    }
     for name, on in theirs.items():
         extra = {"model": common.model_source(model), "prompts": str(prompts), "gradient_checkpointing": on}
-        commands[name] = [str(environment / "bin" / "python"), str(HERE / "vs_trl_theirs.py"), json.dumps({**settings, **extra})]
+        commands[name] = [
+            str(environment / "bin" / "python"),
+            str(HERE / "vs_trl_theirs.py"),
+            json.dumps({**settings, **extra}),
+        ]
 
     bar = tqdm(total=sum(repeats + len(theirs) for _, repeats in rounds), unit="step")
     sides, done = [], {name: [] for name in commands}
@@ -182,7 +229,12 @@ def measure(settings: dict, rounds: list[tuple[int, int]], model: str, theirs: d
                 for repeat in range(repeats if side.name == OURS else 1):
                     bar.set_description(f"{side.name}: {length} new tokens")
                     step = side.step(new_tokens=length, batch=batch, seed=repeat)
-                    check_step(side.name, step, 2 * settings["batch_size"] * length, done[OURS][-1] if side.name != OURS else step)
+                    check_step(
+                        side.name,
+                        step,
+                        2 * settings["batch_size"] * length,
+                        done[OURS][-1] if side.name != OURS else step,
+                    )
                     done[side.name].append(step)
                     bar.update()
     finally:
@@ -199,27 +251,42 @@ def measure(settings: dict, rounds: list[tuple[int, int]], model: str, theirs: d
 
 def check_step(name: str, step: dict, new_tokens: int, ours: dict) -> None:
     """Raises `UserError` unless a step sampled as many tokens as it should, after prompts of the same total length as ours."""
-    require(step["new_tokens"] == new_tokens, f"{name}: {step['new_tokens']} tokens were sampled, not {new_tokens}: the work is not equal.")
+    require(
+        step["new_tokens"] == new_tokens,
+        f"{name}: {step['new_tokens']} tokens were sampled, not {new_tokens}: the work is not equal.",
+    )
     same = step["prompt_tokens"] == ours["prompt_tokens"]
-    require(same, f"{name}: its prompts have {step['prompt_tokens']} tokens, ours {ours['prompt_tokens']}: they are not the same.")
+    require(
+        same,
+        f"{name}: its prompts have {step['prompt_tokens']} tokens, ours {ours['prompt_tokens']}: they are not the same.",
+    )
 
 
 def cpu_name() -> str:
     """The processor's name and the number of cores this process may use."""
     names = []
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     return f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
 def table(result: dict) -> str:
     """Markdown: one line a side."""
-    lines = ["| side | seconds a step | of it sampling | peak memory | ratio to ours |", "|---|---|---|---|---|"]
+    lines = [
+        "| side | seconds a step | of it sampling | peak memory | ratio to ours |",
+        "|---|---|---|---|---|",
+    ]
     for name, side in result["sides"].items():
         sampling = statistics.median(step["sampling"] for step in side["steps"])
         memory = max(step["peak_memory_bytes"] for step in side["steps"]) / 1e9
         ratio = f"{result['ratio'][name]:.1f}" if name in result["ratio"] else ""
-        lines.append(f"| {name} | {side['median_seconds']:.2f} | {sampling:.2f} | {memory:.1f} GB | {ratio} |")
+        lines.append(
+            f"| {name} | {side['median_seconds']:.2f} | {sampling:.2f} | {memory:.1f} GB | {ratio} |"
+        )
     return "\n".join(lines)
 
 

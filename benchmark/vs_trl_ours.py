@@ -36,14 +36,23 @@ def prompts_of(args, model: str) -> tuple[list, list[list[int]], object]:
     """The training rows of the default run, their prompts' token ids, and the tokenizer."""
     tokenizer = common.load_tokenizer(model)
     train_rows, _ = common.load_rows(args.dataset, held_out=args.eval_prompts)
-    return *common.encode_rows(tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "prompts"), tokenizer
+    return *common.encode_rows(
+        tokenizer, train_rows, args.max_prompt_length, args.num_prompts, args.seed, "prompts"
+    ), tokenizer
 
 
 def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
     """Load once and say what was loaded; then one optimiser step for each request, and what it took."""
     script, values = ALGORITHMS[settings["algorithm"]]
     B, N = settings["batch_size"], settings["new_tokens"]
-    args = replace(script.RECIPES["smollm2-135m"], batch_size=B, max_new_tokens=N, temperature=0.9, learning_rate=5e-7, **values)
+    args = replace(
+        script.RECIPES["smollm2-135m"],
+        batch_size=B,
+        max_new_tokens=N,
+        temperature=0.9,
+        learning_rate=5e-7,
+        **values,
+    )
     if settings["micro_batch_tokens"]:
         args.micro_batch_tokens = settings["micro_batch_tokens"]
     experiment.keep_freed_memory(args.micro_batch_tokens)
@@ -53,7 +62,9 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
     rows, prompts, tokenizer = prompts_of(args, settings["model"])
     replies = 2 if script is ipo_md else args.samples_per_prompt
     attention = common.choose_attention("auto", device, args.max_prompt_length + replies * N)
-    policy = common.make_trainable(common.load_model(settings["model"], dtype, device, attention), 0, 0, False)
+    policy = common.make_trainable(
+        common.load_model(settings["model"], dtype, device, attention), 0, 0, False
+    )
     reference = common.load_model(settings["model"], dtype, device, attention)
     optimiser = optimization.make_optimiser(policy, args.optimizer_states, args.weight_decay)
     run = experiment.Run("benchmark", args, 0)  # its clock; create() is not called, so nothing is written
@@ -79,10 +90,23 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
         run.phases.clear()
         start = time.perf_counter()
         batch, _ = script.collect(
-            args, indices, request["seed"], rows, prompts, policy, reference, *opponent, tokenizer, sampling, judge, run
+            args,
+            indices,
+            request["seed"],
+            rows,
+            prompts,
+            policy,
+            reference,
+            *opponent,
+            tokenizer,
+            sampling,
+            judge,
+            run,
         )
         with run.phase("training"):
-            script.train_step(args, policy, reference, optimiser, batch, args.learning_rate, NEVER, device, run, 1)
+            script.train_step(
+                args, policy, reference, optimiser, batch, args.learning_rate, NEVER, device, run, 1
+            )
         yield dict(
             seconds=time.perf_counter() - start,
             **{name: phase["seconds"] for name, phase in run.phases.items()},

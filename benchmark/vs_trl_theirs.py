@@ -91,7 +91,9 @@ class Timed(Trainer):
 
     def _compute_rewards(self, model_data, mixture_data, context_length):  # NashMDTrainer
         measured["prompt_tokens"] = int(model_data["attention_mask"][:, :context_length].sum())
-        measured["new_tokens"] = sum(int(data["attention_mask"][:, context_length:].sum()) for data in (model_data, mixture_data))
+        measured["new_tokens"] = sum(
+            int(data["attention_mask"][:, context_length:].sum()) for data in (model_data, mixture_data)
+        )
         return super()._compute_rewards(model_data, mixture_data, context_length)
 
     def _generate(self, model, prompts, images=None):  # OnlineDPOTrainer
@@ -111,12 +113,16 @@ class StepOnRequest(TrainerCallback):
             sys.exit(0)
         length = json.loads(line)["new_tokens"]
         for config in (trainer.generation_config, trainer.generation_kwargs):
-            config.update(max_new_tokens=length, min_new_tokens=length)  # no early end: equal work on both sides
+            config.update(
+                max_new_tokens=length, min_new_tokens=length
+            )  # no early end: equal work on both sides
         measured.clear()
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         answer(seconds=time.perf_counter() - self.start, peak_memory_bytes=memory, **measured)
 
 
@@ -146,7 +152,9 @@ trainer = Timed(
     callbacks=[StepOnRequest()],
 )
 answer(
-    versions={name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")},
+    versions={
+        name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")
+    },
     weights=str(next(model.parameters()).dtype),
     autocast=str(trainer.accelerator.mixed_precision),
     kv_cache=bool(trainer.generation_config.use_cache),

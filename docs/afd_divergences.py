@@ -35,7 +35,10 @@ def demonstrator() -> torch.Tensor:
 def fit(objective: str, mean: float = -0.5, std: float = 1.0, steps: int = 1500) -> tuple[float, float]:
     """Mean and width of the Gaussian policy that `objective` (forward-kl, reverse-kl, js) ends at."""
     demo = demonstrator()
-    parameters = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mean, torch.tensor(std).log().item())]
+    parameters = [
+        torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for value in (mean, torch.tensor(std).log().item())
+    ]
     optimizer = torch.optim.Adam(parameters, lr=0.02)
     one = torch.ones(len(GRID), 1)
     for _ in range(steps):
@@ -47,7 +50,9 @@ def fit(objective: str, mean: float = -0.5, std: float = 1.0, steps: int = 1500)
             logit = (demo.log() - logprobs).detach()  # of the optimal discriminator
             reward = F.softplus(logit) if objective == "js" else logit
             rows = logprobs[:, None]  # (121, 1): one-token replies
-            weights = logprobs.detach().exp() * len(GRID)  # the loss is a mean over replies: weigh each by its probability
+            weights = logprobs.detach().exp() * len(
+                GRID
+            )  # the loss is a mean over replies: weigh each by its probability
             loss = afd.policy_gradient_loss(rows, rows.detach(), one, reward * weights, 0.0)
         loss.backward()
         optimizer.step()
@@ -57,7 +62,9 @@ def fit(objective: str, mean: float = -0.5, std: float = 1.0, steps: int = 1500)
 def js_divergence(policy: torch.Tensor) -> float:
     """Jensen-Shannon divergence of a (121,) policy from the demonstrator, nats."""
     demo, middle = demonstrator(), (policy + demonstrator()) / 2
-    return (0.5 * (policy * (policy / middle).log()).sum() + 0.5 * (demo * (demo / middle).log()).sum()).item()
+    return (
+        0.5 * (policy * (policy / middle).log()).sum() + 0.5 * (demo * (demo / middle).log()).sum()
+    ).item()
 
 
 def main() -> None:
@@ -70,7 +77,12 @@ def main() -> None:
     figure, axis = plt.subplots(figsize=(7.5, 3.6))
     axis.fill_between(GRID, demonstrator(), color="0.85", label="demonstrations")
     # JS has an optimum of either kind and keeps the one it starts near
-    for objective, start, style in (("forward-kl", -0.5, "-"), ("js", -0.5, "--"), ("js", -1.5, ":"), ("reverse-kl", -0.5, "-.")):
+    for objective, start, style in (
+        ("forward-kl", -0.5, "-"),
+        ("js", -0.5, "--"),
+        ("js", -1.5, ":"),
+        ("reverse-kl", -0.5, "-."),
+    ):
         mean, std = fit(objective, mean=start, std=1.0 if start == -0.5 else 0.7)
         label = f"{objective} from {start}: mean {mean:.2f}, width {std:.2f}, JS {js_divergence(gaussian(mean, std).exp()):.3f}"
         print(label)

@@ -118,7 +118,9 @@ def geometric_mixture(policy: torch.Tensor, reference: torch.Tensor, beta: float
     return normalise((1 - beta) * policy.log() + beta * reference.log())
 
 
-def ipo_md_fixed_point(preference: torch.Tensor, reference: torch.Tensor, tau: float, beta: float) -> torch.Tensor:
+def ipo_md_fixed_point(
+    preference: torch.Tensor, reference: torch.Tensor, tau: float, beta: float
+) -> torch.Tensor:
     """(n,) π*_β, at which IPO-MD and Nash-MD-PG with the mixture opponent both rest; arXiv 2403.08635.
 
     Both ask τ log(π/μ) = P m + constant, with m = π^(1−β) μ^β. Raised to 1 − β and multiplied by μ^β this says that m is
@@ -128,7 +130,9 @@ def ipo_md_fixed_point(preference: torch.Tensor, reference: torch.Tensor, tau: f
     return normalise(reference.log() + preference @ mixture / tau)
 
 
-def offline_ipo_optimum(preference: torch.Tensor, reference: torch.Tensor, data: torch.Tensor, tau: float) -> torch.Tensor:
+def offline_ipo_optimum(
+    preference: torch.Tensor, reference: torch.Tensor, data: torch.Tensor, tau: float
+) -> torch.Tensor:
     """(n,) μ exp(E_{y' ~ data} p(y ≻ y')/τ), the optimum of IPO on fixed pairs drawn from `data`; arXiv 2310.12036."""
     return normalise(reference.log() + preference @ data / tau)
 
@@ -143,7 +147,9 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p * (p.log() - q.log())).sum()
 
 
-def nash_md_step(policy: torch.Tensor, preference: torch.Tensor, reference: torch.Tensor, tau: float, eta: float) -> torch.Tensor:
+def nash_md_step(
+    policy: torch.Tensor, preference: torch.Tensor, reference: torch.Tensor, tau: float, eta: float
+) -> torch.Tensor:
     """One step of tabular Nash-MD, arXiv 2312.00886: mix towards μ, then improve against the mixture. (n,) to (n,).
 
     π^μ ∝ π^(1−ητ) μ^(ητ), then π ← π^μ exp(η P(· ≻ π^μ)), renormalised. Needs ητ ≤ 1.
@@ -183,7 +189,13 @@ class Completions:
                 rows[i, t], columns[i, t], mask[i, t] = prefixes.index(y[:t]), token, 1
                 allowed[rows[i, t], token] = True
         # Frozen, so that nothing else writes these.
-        for name, value in (("prefixes", tuple(prefixes)), ("allowed", allowed), ("rows", rows), ("columns", columns), ("mask", mask)):
+        for name, value in (
+            ("prefixes", tuple(prefixes)),
+            ("allowed", allowed),
+            ("rows", rows),
+            ("columns", columns),
+            ("mask", mask),
+        ):
             object.__setattr__(self, name, value)
 
     def next_token_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
@@ -195,7 +207,11 @@ class Completions:
 
         The padding holds the log-prob of some token, not 0, as a padded batch of a language model does: whoever forgets the mask is seen.
         """
-        flat = self.next_token_logprobs(logits).flatten().index_select(0, (self.rows * self.allowed.shape[1] + self.columns).flatten())
+        flat = (
+            self.next_token_logprobs(logits)
+            .flatten()
+            .index_select(0, (self.rows * self.allowed.shape[1] + self.columns).flatten())
+        )
         return flat.view(self.rows.shape)
 
     def logprobs(self, logits: torch.Tensor) -> torch.Tensor:
@@ -230,7 +246,9 @@ def two_tokens(vocabulary: int) -> Completions:
 RAGGED = {3: Completions(((0,), (1, 0), (1, 1))), 5: Completions(((0,), (1, 0), (1, 1), (2, 0), (2, 1)))}
 
 
-def per_token_mixture(completions: Completions, policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+def per_token_mixture(
+    completions: Completions, policy: torch.Tensor, reference: torch.Tensor, beta: float
+) -> torch.Tensor:
     """(n,) what one samples by mixing next-token distributions, π(·|s)^(1−β) μ(·|s)^β renormalised at every prefix s.
 
     Args: policy, reference: logits (S, V), mixed as they are: they differ from log-probs by a constant in each row, which drops out.
@@ -270,9 +288,16 @@ def expected_preference_loss(
         preference: (n, n) P.
         labels: soft (p itself), bernoulli (the mean over a drawn 0 or 1), argmax (1[p > ½]).
     """
-    logprobs = (of_first(log_policy), of_second(log_policy), of_first(log_reference), of_second(log_reference))  # (n²,) each
+    logprobs = (
+        of_first(log_policy),
+        of_second(log_policy),
+        of_first(log_reference),
+        of_second(log_reference),
+    )  # (n²,) each
 
-    def each_pair(p):  # (n²,) judgements to (n²,) losses: one call of the real function a pair, batched by vmap
+    def each_pair(
+        p,
+    ):  # (n²,) judgements to (n²,) losses: one call of the real function a pair, batched by vmap
         def one(*tensors):
             return ipo_md.preference_loss(*(t[None] for t in tensors), tau, kind)
 
@@ -304,13 +329,18 @@ def expected_nash_md_loss(
         loss: another loss in its place, for showing what goes wrong without the original's details.
     """
     loss = loss or nash_md.nash_md_loss
-    policy_tokens, reference_tokens = completions.token_logprobs(logits), completions.token_logprobs(reference_logits)  # (n, T)
+    policy_tokens, reference_tokens = (
+        completions.token_logprobs(logits),
+        completions.token_logprobs(reference_logits),
+    )  # (n, T)
     weights = torch.outer(completions.logprobs(logits).exp(), opponent).flatten()  # (n²,)
 
     def one(*tensors):
         return loss(*(t[None] for t in tensors), tau)
 
-    losses = torch.func.vmap(one)(of_first(policy_tokens), of_first(reference_tokens), of_first(completions.mask), preference.flatten())
+    losses = torch.func.vmap(one)(
+        of_first(policy_tokens), of_first(reference_tokens), of_first(completions.mask), preference.flatten()
+    )
     return (weights.detach() * losses).sum()
 
 
@@ -366,7 +396,9 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], logits: torch.Ten
     return torch.autograd.grad(function(logits), logits)[0]
 
 
-def descend(function: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, step_size: float, steps: int) -> torch.Tensor:
+def descend(
+    function: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, step_size: float, steps: int
+) -> torch.Tensor:
     """Plain gradient descent; the logits at every step, (steps + 1, ...)."""
     path = [logits]
     for _ in range(steps):
@@ -380,28 +412,41 @@ def pairs(policy: torch.Tensor) -> torch.Tensor:
 
 
 def online_preference_loss(
-    preference: torch.Tensor, reference: torch.Tensor, tau: float, kind: str = "ipo", labels: str = "soft", beta: float = 0.0
+    preference: torch.Tensor,
+    reference: torch.Tensor,
+    tau: float,
+    kind: str = "ipo",
+    labels: str = "soft",
+    beta: float = 0.0,
 ):
     """The expected loss as a function of logits (n,), pairs sampled from sg[π^(1−β) μ^β]: online-IPO at β = 0, IPO-MD above."""
 
     def loss(logits):
         log_policy = torch.log_softmax(logits, -1)
         sampler = geometric_mixture(log_policy.detach().exp(), reference, beta)
-        return expected_preference_loss(log_policy, reference.log(), pairs(sampler), preference, tau, kind, labels)
+        return expected_preference_loss(
+            log_policy, reference.log(), pairs(sampler), preference, tau, kind, labels
+        )
 
     return loss
 
 
-def offline_preference_loss(preference: torch.Tensor, reference: torch.Tensor, data: torch.Tensor, tau: float):
+def offline_preference_loss(
+    preference: torch.Tensor, reference: torch.Tensor, data: torch.Tensor, tau: float
+):
     """The expected IPO loss as a function of logits (n,), on a fixed data set: pairs from data ⊗ data, hard labels drawn by the judge."""
 
     def loss(logits):
-        return expected_preference_loss(torch.log_softmax(logits, -1), reference.log(), pairs(data), preference, tau, labels="bernoulli")
+        return expected_preference_loss(
+            torch.log_softmax(logits, -1), reference.log(), pairs(data), preference, tau, labels="bernoulli"
+        )
 
     return loss
 
 
-def online_nash_md_loss(completions: Completions, preference: torch.Tensor, reference: torch.Tensor, tau: float, beta: float = 0.0):
+def online_nash_md_loss(
+    completions: Completions, preference: torch.Tensor, reference: torch.Tensor, tau: float, beta: float = 0.0
+):
     """The expected Nash-MD-PG loss as a function of logits (S, V); the opponent is sg[π^(1−β) μ^β] over whole completions."""
     reference_logits = completions.logits_of(reference)
 
@@ -431,7 +476,9 @@ def place(policies: torch.Tensor):
     return (policies @ torch.tensor([[0, 0], [1, 0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)).numpy()
 
 
-def simplex(axes, corners: tuple[str, str, str], window: tuple[float, float, float, float] | None = None) -> None:
+def simplex(
+    axes, corners: tuple[str, str, str], window: tuple[float, float, float, float] | None = None
+) -> None:
     """The triangle of all policies over three completions, with lines at every fifth; `window` (x0, x1, y0, y1) enlarges a part."""
     axes.set_aspect("equal")
     axes.axis("off")
@@ -441,7 +488,13 @@ def simplex(axes, corners: tuple[str, str, str], window: tuple[float, float, flo
             ends = torch.zeros(2, 3, dtype=torch.float64)
             ends[:, i] = k / lines
             ends[0, (i + 1) % 3] = ends[1, (i + 2) % 3] = 1 - k / lines
-            axes.plot(*place(ends).T, color=INK if k == 0 else GREY, lw=1.0 if k == 0 else 0.4, alpha=1 if k == 0 else 0.4, zorder=1)
+            axes.plot(
+                *place(ends).T,
+                color=INK if k == 0 else GREY,
+                lw=1.0 if k == 0 else 0.4,
+                alpha=1 if k == 0 else 0.4,
+                zorder=1,
+            )
     if window:
         axes.set(xlim=window[:2], ylim=window[2:])
         return
@@ -460,12 +513,23 @@ def trajectory(axes, policies: torch.Tensor, color, width: float = 1.2, alpha: f
     k = int((lengths.cumsum() < 0.4 * lengths.sum()).sum())
     if 0 < k < len(points) - 1:
         axes.annotate(
-            "", points[k + 1], points[k], arrowprops={"arrowstyle": "-|>", "color": color, "lw": 0, "mutation_scale": 9}, zorder=4
+            "",
+            points[k + 1],
+            points[k],
+            arrowprops={"arrowstyle": "-|>", "color": color, "lw": 0, "mutation_scale": 9},
+            zorder=4,
         )
 
 
 def star(
-    axes, policy: torch.Tensor, color, label: str = "", offset: tuple[float, float] = (9, 5), marker: str = "*", size: float = 15, **text
+    axes,
+    policy: torch.Tensor,
+    color,
+    label: str = "",
+    offset: tuple[float, float] = (9, 5),
+    marker: str = "*",
+    size: float = 15,
+    **text,
 ) -> None:
     """A marked policy with a label beside it."""
     x, y = place(policy)
@@ -477,7 +541,9 @@ def star(
 def note(axes, label: str, point, offset: tuple[float, float], color, **text) -> None:
     """Text beside a point, on a white ground that keeps it legible over lines."""
     ground = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85}
-    axes.annotate(label, point, offset, textcoords="offset points", color=color, bbox=ground, zorder=7, **text)
+    axes.annotate(
+        label, point, offset, textcoords="offset points", color=color, bbox=ground, zorder=7, **text
+    )
 
 
 def starts_on_the_rim(count: int, margin: float = 0.06) -> torch.Tensor:
@@ -497,14 +563,23 @@ def draw_identity(plt):
 
     def loss(h, p, tau, kind="ipo"):
         zero = torch.zeros(1, dtype=torch.float64)
-        return torch.stack([ipo_md.preference_loss(x[None], zero, zero, zero, zero + p, tau, kind) for x in h])
+        return torch.stack(
+            [ipo_md.preference_loss(x[None], zero, zero, zero, zero + p, tau, kind) for x in h]
+        )
 
     for p, color in ((0.5, GREY), (0.7, BLUE), (0.9, PURPLE), (1.0, ORANGE)):
         bottom, floor = (p - 0.5) / tau, (1 - (2 * p - 1) ** 2) / (4 * tau**2)
         left.plot(h, (h - bottom) ** 2 + floor, color=color, lw=1.5)
         left.plot(h[::8], loss(h[::8], p, tau), "o", color=color, ms=3.6)
         left.plot(bottom, floor, "*", color=color, ms=13, zorder=5, **HALO)
-        left.annotate(f"p = {p:g}", (h[-1], (h[-1] - bottom) ** 2 + floor), (5, 0), textcoords="offset points", color=color, va="center")
+        left.annotate(
+            f"p = {p:g}",
+            (h[-1], (h[-1] - bottom) ** 2 + floor),
+            (5, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+        )
     left.plot(h, 1 / (4 * tau**2) - h**2, ":", color=INK, lw=1)
     left.text(-0.9, -0.3, "minima: ¼ − h²", ha="right", va="center", fontsize=8.5)
     left.set(
@@ -515,7 +590,11 @@ def draw_identity(plt):
         title="dots: preference_loss   lines: the square",
     )
     p, s = 0.7, torch.linspace(-1, 3, 161, dtype=torch.float64)
-    for kind, color, bottom in (("ipo", BLUE, p - 0.5), ("dpo", ORANGE, math.log(p / (1 - p))), ("slic", GREEN, 1.0)):
+    for kind, color, bottom in (
+        ("ipo", BLUE, p - 0.5),
+        ("dpo", ORANGE, math.log(p / (1 - p))),
+        ("slic", GREEN, 1.0),
+    ):
         values = loss(s, p, 1.0, kind)
         at_bottom = loss(torch.tensor([bottom], dtype=torch.float64), p, 1.0, kind)[0]
         right.plot(s, values - at_bottom, color=color, lw=1.6)
@@ -524,7 +603,11 @@ def draw_identity(plt):
     right.text(2.75, 0.16, "dpo", color=ORANGE, ha="right")
     right.text(-0.62, 0.78, "slic", color=GREEN, ha="left")
     right.set(
-        xlabel="$s = \\tau h$", ylabel="L − min L", ylim=(-0.08, 1.2), xlim=(-1, 3), title="p = 0.7: the siblings aim at other log-ratios"
+        xlabel="$s = \\tau h$",
+        ylabel="L − min L",
+        ylim=(-0.08, 1.2),
+        xlim=(-1, 3),
+        title="p = 0.7: the siblings aim at other log-ratios",
     )
     return figure
 
@@ -537,7 +620,11 @@ def draw_nash(plt):
         left.plot(taus, torch.sigmoid((p - 0.5) / taus), color=color, lw=1.6)
         solved = [regularised_nash(two_actions(p), vector(0.5, 0.5), t.item())[0] for t in taus[5::16]]
         left.plot(taus[5::16], solved, "o", color=color, ms=4)
-    for label, place_at, color in (("p = .9", (0.36, 0.83), ORANGE), ("p = .7", (0.135, 0.745), BLUE), ("p = .55", (0.03, 0.7), GREY)):
+    for label, place_at, color in (
+        ("p = .9", (0.36, 0.83), ORANGE),
+        ("p = .7", (0.135, 0.745), BLUE),
+        ("p = .55", (0.03, 0.7), GREY),
+    ):
         left.text(*place_at, label, color=color, ha="left" if color == ORANGE else "right")
     for tau in (0.1, 1.0):
         value = regularised_nash(two_actions(0.7), vector(0.5, 0.5), tau)[0]
@@ -562,10 +649,19 @@ def draw_nash(plt):
         (vector(0.08, 0.12, 0.8), GREEN, (-16, -4)),
         (vector(0.12, 0.83, 0.05), ORANGE, (7, -4)),
     ):
-        path = torch.stack([regularised_nash(rock_paper_scissors(), mu, t) for t in torch.logspace(2, -3, 160).tolist()])
+        path = torch.stack(
+            [regularised_nash(rock_paper_scissors(), mu, t) for t in torch.logspace(2, -3, 160).tolist()]
+        )
         trajectory(right, path, color, 1.6)
         for tau in (1.0, 0.3, 0.1, 0.03):
-            right.plot(*place(regularised_nash(rock_paper_scissors(), mu, tau)), "o", color=color, ms=4.2, zorder=5, **HALO)
+            right.plot(
+                *place(regularised_nash(rock_paper_scissors(), mu, tau)),
+                "o",
+                color=color,
+                ms=4.2,
+                zorder=5,
+                **HALO,
+            )
         star(right, mu, color, "$\\mu$", beside, "s", 6.5)
     star(right, regularised_nash(rock_paper_scissors(), MU, TAU), BLUE, "$\\tau = .1$", (-40, -2), "*", 13)
     star(right, UNIFORM, INK, "$\\tau \\to 0$", (4, -16), "o", 6)
@@ -580,14 +676,30 @@ def draw_online_ipo(plt):
     simplex(left, RPS_CORNERS)
     left.set_title("from everywhere to the Nash")
     for start in starts_on_the_rim(9, 0.04):
-        trajectory(left, descend(online_preference_loss(game, MU, TAU), start.log(), 0.025, 600).softmax(-1), BLUE, 1.1, 0.75)
+        trajectory(
+            left,
+            descend(online_preference_loss(game, MU, TAU), start.log(), 0.025, 600).softmax(-1),
+            BLUE,
+            1.1,
+            0.75,
+        )
     star(left, MU, GREY, "$\\mu$", (-15, -3), "s", 6.5)
     star(left, nash, ORANGE, "Nash", (-36, 4))
     games = [("rock-paper-scissors", game, MU, 0.1, BLUE)]
-    games += [(f"random, n = 5, seed {seed}", *random_game(5, seed), 0.3, color) for seed, color in ((0, ORANGE), (3, GREEN), (4, PURPLE))]
+    games += [
+        (f"random, n = 5, seed {seed}", *random_game(5, seed), 0.3, color)
+        for seed, color in ((0, ORANGE), (3, GREEN), (4, PURPLE))
+    ]
     for name, preference, reference, step_size, color in games:
-        path = descend(online_preference_loss(preference, reference, TAU), reference.log(), step_size, 600).softmax(-1)
-        right.plot((path - regularised_nash(preference, reference, TAU)).abs().amax(-1), color=color, lw=1.5, label=name)
+        path = descend(
+            online_preference_loss(preference, reference, TAU), reference.log(), step_size, 600
+        ).softmax(-1)
+        right.plot(
+            (path - regularised_nash(preference, reference, TAU)).abs().amax(-1),
+            color=color,
+            lw=1.5,
+            label=name,
+        )
     right.set_xlim(-10, 610)
     right.axhline(1e-6, color=GREY, lw=0.8, ls=":")
     right.text(600, 1.4e-6, "tolerance of the test", color=GREY, ha="right", va="bottom")
@@ -606,14 +718,29 @@ def draw_offline_ipo(plt):
     """Section 4: the dice from eighteen data distributions, offline and online."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 4.1))
     game, starts = dice_game(), starts_on_the_rim(18, 0.05)
-    for axes, title in ((left, "offline: pairs from fixed data"), (right, "online: pairs from the policy itself")):
+    for axes, title in (
+        (left, "offline: pairs from fixed data"),
+        (right, "online: pairs from the policy itself"),
+    ):
         simplex(axes, DICE_CORNERS)
         axes.set_title(title)
     colors = [colorsys.hls_to_rgb(0.55 + k / len(starts), 0.42, 0.5) for k in range(len(starts))]
     for start, color in zip(starts, colors, strict=True):
-        trajectory(left, descend(offline_preference_loss(game, UNIFORM, start, TAU), start.log(), 0.1, 400).softmax(-1), color, 1.0)
-        left.plot(*place(offline_ipo_optimum(game, UNIFORM, start, TAU)), "o", color=color, ms=5.5, zorder=5, **HALO)
-        trajectory(right, descend(online_preference_loss(game, UNIFORM, TAU), start.log(), 0.1, 400).softmax(-1), color, 1.0)
+        trajectory(
+            left,
+            descend(offline_preference_loss(game, UNIFORM, start, TAU), start.log(), 0.1, 400).softmax(-1),
+            color,
+            1.0,
+        )
+        left.plot(
+            *place(offline_ipo_optimum(game, UNIFORM, start, TAU)), "o", color=color, ms=5.5, zorder=5, **HALO
+        )
+        trajectory(
+            right,
+            descend(online_preference_loss(game, UNIFORM, TAU), start.log(), 0.1, 400).softmax(-1),
+            color,
+            1.0,
+        )
     path = descend(offline_preference_loss(game, UNIFORM, MU, TAU), MU.log(), 0.1, 600).softmax(-1)
     trajectory(left, path, INK, 2.2, 1)
     star(left, MU, INK, "data (.6, .3, .1)", (-8, -17), "s", 6.5)
@@ -640,8 +767,20 @@ def draw_online_dpo(plt):
     simplex(middle, RPS_CORNERS)
     middle.set_title("rock-paper-scissors, $\\tau = .3$")
     for start in starts_on_the_rim(3, 0.08):
-        trajectory(middle, descend(online_preference_loss(game, MU, tau), start.log(), 0.05, 400).softmax(-1), BLUE, 1.1, 0.8)
-        trajectory(middle, descend(online_preference_loss(game, MU, tau, "dpo"), start.log(), 0.8, 1200).softmax(-1), ORANGE, 1.0, 0.6)
+        trajectory(
+            middle,
+            descend(online_preference_loss(game, MU, tau), start.log(), 0.05, 400).softmax(-1),
+            BLUE,
+            1.1,
+            0.8,
+        )
+        trajectory(
+            middle,
+            descend(online_preference_loss(game, MU, tau, "dpo"), start.log(), 0.8, 1200).softmax(-1),
+            ORANGE,
+            1.0,
+            0.6,
+        )
     rest = descend(online_preference_loss(game, MU, tau, "dpo"), MU.log(), 1.0, 2000)[-1].softmax(-1)
     star(middle, regularised_nash(game, MU, tau), BLUE, "Nash", (-36, -2))
     star(middle, rest, ORANGE, "online-DPO", (12, 2))
@@ -651,8 +790,20 @@ def draw_online_dpo(plt):
     simplex(right, ("1  r = 0", "2  r = 1", "3  r = 2"))
     right.set_title("Bradley-Terry, $\\tau = .6$")
     for start in starts_on_the_rim(6, 0.05):
-        trajectory(right, descend(online_preference_loss(game, mu, tau), start.log(), 0.1, 300).softmax(-1), BLUE, 1.0, 0.6)
-        trajectory(right, descend(online_preference_loss(game, mu, tau, "dpo"), start.log(), 1.0, 1000).softmax(-1), ORANGE, 1.0, 0.6)
+        trajectory(
+            right,
+            descend(online_preference_loss(game, mu, tau), start.log(), 0.1, 300).softmax(-1),
+            BLUE,
+            1.0,
+            0.6,
+        )
+        trajectory(
+            right,
+            descend(online_preference_loss(game, mu, tau, "dpo"), start.log(), 1.0, 1000).softmax(-1),
+            ORANGE,
+            1.0,
+            0.6,
+        )
     star(right, regularised_nash(game, mu, tau), BLUE, "Nash", (-38, 4))
     star(right, rlhf_optimum(rewards, mu, tau), ORANGE, "RLHF", (10, 4))
     star(right, mu, GREY, "$\\mu$", (-16, -4), "s", 6)
@@ -669,9 +820,13 @@ def draw_labels(plt):
     paths = {}
     for labels, color in (("soft", BLUE), ("argmax", ORANGE)):
         for start in starts_on_the_rim(6, 0.05):
-            path = descend(online_preference_loss(game, MU, TAU, labels=labels), start.log(), 0.05, steps).softmax(-1)
+            path = descend(
+                online_preference_loss(game, MU, TAU, labels=labels), start.log(), 0.05, steps
+            ).softmax(-1)
             trajectory(left, path, color, 1.0, 0.6)
-        paths[labels] = descend(online_preference_loss(game, MU, TAU, labels=labels), UNIFORM.log(), 0.05, steps).softmax(-1)
+        paths[labels] = descend(
+            online_preference_loss(game, MU, TAU, labels=labels), UNIFORM.log(), 0.05, steps
+        ).softmax(-1)
     generator, logits, sampled = torch.Generator().manual_seed(0), UNIFORM.log(), [UNIFORM]
     for step in range(steps):  # as in training: pairs are sampled, each label is one throw of the dice
         y = torch.multinomial(sampled[-1], 512, replacement=True, generator=generator).view(2, 256)
@@ -679,7 +834,9 @@ def draw_labels(plt):
 
         def loss(x, y=y, label=label):
             log_policy, log_reference = torch.log_softmax(x, -1), MU.log()
-            return ipo_md.preference_loss(log_policy[y[0]], log_policy[y[1]], log_reference[y[0]], log_reference[y[1]], label, TAU)
+            return ipo_md.preference_loss(
+                log_policy[y[0]], log_policy[y[1]], log_reference[y[0]], log_reference[y[1]], label, TAU
+            )
 
         logits = logits - 0.05 / (1 + step / 50) * gradient(loss, logits)
         sampled.append(logits.softmax(-1))
@@ -690,7 +847,13 @@ def draw_labels(plt):
     star(left, MU, GREY, "$\\mu$", (8, -6), "s", 6)
     for (labels, path), color in zip(paths.items(), (BLUE, ORANGE, GREEN), strict=True):
         right.plot((path - soft_nash).abs().amax(-1), color=color, lw=1.5, label=labels)
-    right.set(yscale="log", ylim=(1e-6, 1), xlabel="steps", ylabel="largest error against the Nash of p", title="from the uniform policy")
+    right.set(
+        yscale="log",
+        ylim=(1e-6, 1),
+        xlabel="steps",
+        ylabel="largest error against the Nash of p",
+        title="from the uniform policy",
+    )
     right.legend(frameon=False, loc="lower left")
     return figure
 
@@ -711,18 +874,38 @@ def draw_ipo_md(plt):
         left.plot(*place(ends).T, color=GREY, lw=0.8, zorder=2)
         left.plot(*place(ends[0]), "o", color=BLUE, ms=5.5, zorder=4, **HALO)
         left.plot(*place(ends[1]), "o", color=ORANGE, ms=5.5, zorder=4, **HALO)
-        note(left, f"β = {beta:g}".replace("0.", "."), place(ends[0]), (9, -3) if beta < 0.9 else (-48, 2), BLUE, fontsize=8.5)
+        note(
+            left,
+            f"β = {beta:g}".replace("0.", "."),
+            place(ends[0]),
+            (9, -3) if beta < 0.9 else (-48, 2),
+            BLUE,
+            fontsize=8.5,
+        )
     star(left, MU, GREY, "$\\mu$", (9, -4), "s", 6)
     star(left, regularised_nash(game, MU, TAU), INK, "Nash, β = 0", (12, -8), "*", 14)
     note(left, "where it rests: π*$_β$", (0.44, 0.435), (0, 0), BLUE)
     note(left, "what it samples: the mixture", (0.33, 0.15), (0, 0), ORANGE)
     for y, color in enumerate((BLUE, ORANGE, GREEN)):
-        right.plot(betas, [regularised_nash(game, MU, TAU / (1 - b))[y] for b in betas], color=color, lw=1.6, label=RPS_CORNERS[y])
+        right.plot(
+            betas,
+            [regularised_nash(game, MU, TAU / (1 - b))[y] for b in betas],
+            color=color,
+            lw=1.6,
+            label=RPS_CORNERS[y],
+        )
     for beta in (0.0, 0.125, 0.25, 0.5, 0.75, 0.9):
-        reached = descend(online_preference_loss(game, MU, TAU, beta=beta), MU.log(), 0.1, 500)[-1].softmax(-1)
+        reached = descend(online_preference_loss(game, MU, TAU, beta=beta), MU.log(), 0.1, 500)[-1].softmax(
+            -1
+        )
         for y, color in enumerate((BLUE, ORANGE, GREEN)):
             right.plot(beta, geometric_mixture(reached, MU, beta)[y], "o", color=color, ms=5, **HALO)
-    right.set(xlabel="β", ylabel="probability", title="dots: π$^{1-β}$μ$^{β}$ after descent   lines: Nash at τ/(1−β)", ylim=(0, 0.7))
+    right.set(
+        xlabel="β",
+        ylabel="probability",
+        title="dots: π$^{1-β}$μ$^{β}$ after descent   lines: Nash at τ/(1−β)",
+        ylim=(0, 0.7),
+    )
     right.legend(frameon=False, loc="upper left", ncols=3, fontsize=8.5)
     return figure
 
@@ -745,7 +928,11 @@ def draw_mixture(plt):
         ("policy", completions.logprobs(policy).exp(), GREY),
         ("reference", completions.logprobs(reference).exp(), "#c9ced6"),
         ("mixed token by token", per_token_mixture(completions, policy, reference, 0.5), BLUE),
-        ("mixed as sequences", geometric_mixture(completions.logprobs(policy).exp(), completions.logprobs(reference).exp(), 0.5), ORANGE),
+        (
+            "mixed as sequences",
+            geometric_mixture(completions.logprobs(policy).exp(), completions.logprobs(reference).exp(), 0.5),
+            ORANGE,
+        ),
     )
     for k, (label, values, color) in enumerate(rows):
         left.bar([i + 0.2 * (k - 1.5) for i in range(4)], values, 0.19, color=color, label=label)
@@ -756,20 +943,37 @@ def draw_mixture(plt):
 
     def distance(completions, policy, reference):
         sequences = completions.logprobs(policy).exp(), completions.logprobs(reference).exp()
-        return [(per_token_mixture(completions, policy, reference, b) - geometric_mixture(*sequences, b)).abs().sum() / 2 for b in betas]
+        return [
+            (per_token_mixture(completions, policy, reference, b) - geometric_mixture(*sequences, b))
+            .abs()
+            .sum()
+            / 2
+            for b in betas
+        ]
 
     right.plot(betas, distance(completions, policy, reference), color=BLUE, lw=1.8)
     right.plot([], [], color=BLUE, label="the pair on the left")
     for seed in range(6):
         tables = two_tokens(3)
         right.plot(
-            betas, distance(tables, 2 * tables.random_logits(seed), 2 * tables.random_logits(100 + seed)), color=ORANGE, lw=1, alpha=0.7
+            betas,
+            distance(tables, 2 * tables.random_logits(seed), 2 * tables.random_logits(100 + seed)),
+            color=ORANGE,
+            lw=1,
+            alpha=0.7,
         )
     right.plot([], [], color=ORANGE, lw=1, label="random pairs, two tokens out of three")
-    right.plot(betas, distance(one_token(5), one_token(5).random_logits(0), one_token(5).random_logits(1)), color=GREEN, lw=2)
+    right.plot(
+        betas,
+        distance(one_token(5), one_token(5).random_logits(0), one_token(5).random_logits(1)),
+        color=GREEN,
+        lw=2,
+    )
     right.plot([], [], color=GREEN, label="completions of one token")
     right.legend(frameon=False, loc="upper left", fontsize=8.5)
-    right.set(xlabel="β", ylabel="total variation", title="distance between the two mixtures", ylim=(-0.01, 0.4))
+    right.set(
+        xlabel="β", ylabel="total variation", title="distance between the two mixtures", ylim=(-0.01, 0.4)
+    )
     return figure
 
 
@@ -778,15 +982,28 @@ def draw_nash_md_pg(plt):
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 4.0), width_ratios=(1, 1.05))
     rps = rock_paper_scissors()
     for game, mu in ((rps, MU), *(random_game(5, seed) for seed in (0, 3, 4))):
-        for completions, color, marker, size in ((one_token(len(mu)), BLUE, "o", 5.5), (RAGGED[len(mu)], ORANGE, "x", 4)):
+        for completions, color, marker, size in (
+            (one_token(len(mu)), BLUE, "o", 5.5),
+            (RAGGED[len(mu)], ORANGE, "x", 4),
+        ):
             for seed in range(4):
                 logits, reference_logits = completions.random_logits(seed), completions.logits_of(mu)
                 opponent = geometric_mixture(completions.logprobs(logits).exp(), mu, BETA)
                 rest = (reference_logits, opponent, game, TAU)
-                enumerated = -gradient(lambda x, c=completions, r=rest: expected_nash_md_loss(c, x, *r), logits)
+                enumerated = -gradient(
+                    lambda x, c=completions, r=rest: expected_nash_md_loss(c, x, *r), logits
+                )
                 closed = nash_md_gradient(completions, logits, *rest)
                 used = completions.allowed
-                left.plot(closed[used], enumerated[used], marker, color=color, ms=size, alpha=0.6, mew=1.2 if marker == "x" else 0)
+                left.plot(
+                    closed[used],
+                    enumerated[used],
+                    marker,
+                    color=color,
+                    ms=size,
+                    alpha=0.6,
+                    mew=1.2 if marker == "x" else 0,
+                )
     left.axline((0, 0), slope=1, color=INK, lw=0.7, zorder=0)
     left.set(
         xlabel="∂/∂logit of $P(\\pi \\succ \\pi') - \\tau\\,$KL, closed form",
@@ -802,10 +1019,29 @@ def draw_nash_md_pg(plt):
     right.set_title("rock-paper-scissors (enlarged): the opponent decides")
     for start in (vector(0.46, 0.36, 0.18), vector(0.6, 0.12, 0.28)):
         for beta, color in ((0.0, BLUE), (BETA, ORANGE)):
-            path = descend(online_nash_md_loss(one_token(3), rps, MU, TAU, beta), one_token(3).logits_of(start), 0.3, 1000)
+            path = descend(
+                online_nash_md_loss(one_token(3), rps, MU, TAU, beta),
+                one_token(3).logits_of(start),
+                0.3,
+                1000,
+            )
             trajectory(right, path[:, 0].softmax(-1), color, 1.1, 0.7)
-    star(right, regularised_nash(rps, MU, TAU), BLUE, "self: the Nash\n(.4321, .2303, .3376)", (48, -30), fontsize=9)
-    star(right, ipo_md_fixed_point(rps, MU, TAU, BETA), ORANGE, "mixture, β = .125\n(.4159, .2033, .3808)", (52, 26), fontsize=9)
+    star(
+        right,
+        regularised_nash(rps, MU, TAU),
+        BLUE,
+        "self: the Nash\n(.4321, .2303, .3376)",
+        (48, -30),
+        fontsize=9,
+    )
+    star(
+        right,
+        ipo_md_fixed_point(rps, MU, TAU, BETA),
+        ORANGE,
+        "mixture, β = .125\n(.4159, .2033, .3808)",
+        (52, 26),
+        fontsize=9,
+    )
     return figure
 
 
@@ -818,7 +1054,9 @@ def draw_kl_to_go(plt):
         rest = (reference_logits, completions.logprobs(reference_logits).exp(), tie, TAU)
         exact = gradient(lambda x, r=rest: nash_md_objective(completions, x, *r), logits).flatten()
         pair = [
-            -gradient(lambda x, r=rest, f=loss: expected_nash_md_loss(completions, x, *r, f), logits).flatten()
+            -gradient(
+                lambda x, r=rest, f=loss: expected_nash_md_loss(completions, x, *r, f), logits
+            ).flatten()
             for loss in (None, own_token_loss)
         ]
         cosines.append([torch.nn.functional.cosine_similarity(g, exact, dim=0).item() for g in pair])
@@ -845,12 +1083,22 @@ def draw_kl_to_go(plt):
 
         return torch.stack([-coefficients(-unit) for unit in torch.eye(length, dtype=torch.float64)], 1)
 
-    for axes, loss, title in ((middle, nash_md.nash_md_loss, "nash_md_loss"), (right, own_token_loss, "own token only (wrong)")):
+    for axes, loss, title in (
+        (middle, nash_md.nash_md_loss, "nash_md_loss"),
+        (right, own_token_loss, "own token only (wrong)"),
+    ):
         axes.imshow(dependence(loss), cmap="Blues" if axes is middle else "Oranges", vmin=0, vmax=2.6)
         for n in range(length):
             for m in range(length):
                 value = dependence(loss)[n, m].item()
-                axes.text(m, n, "−τ" if value > 0.5 else "·", ha="center", va="center", color=INK if value > 0.5 else GREY)
+                axes.text(
+                    m,
+                    n,
+                    "−τ" if value > 0.5 else "·",
+                    ha="center",
+                    va="center",
+                    color=INK if value > 0.5 else GREY,
+                )
         axes.set_xticks(range(length), [str(i + 1) for i in range(length)])
         axes.set_yticks(range(length), [str(i + 1) for i in range(length)])
         axes.set(xlabel="log-ratio of token m", ylabel="coefficient of token n", title=title)
@@ -938,7 +1186,11 @@ def main() -> None:
         }
     )
     FIGURES.mkdir(exist_ok=True)
-    drawings = {name.removeprefix("draw_"): function for name, function in globals().items() if name.startswith("draw_")}
+    drawings = {
+        name.removeprefix("draw_"): function
+        for name, function in globals().items()
+        if name.startswith("draw_")
+    }
     for name in sys.argv[1:] or drawings:
         figure = drawings[name](plt)
         buffer = io.BytesIO()

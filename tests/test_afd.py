@@ -50,7 +50,9 @@ def test_discriminator_loss_by_hand():
     classification = -0.5 * (D(positive).log().mean() + (1 - D(negative)).log().mean())
     torch.testing.assert_close(afd.discriminator_loss(positive, negative), classification)
     wins = positive.exp() / (positive.exp() + negative.exp())
-    torch.testing.assert_close(afd.discriminator_loss(positive, negative, "bradley-terry"), -wins.log().mean())
+    torch.testing.assert_close(
+        afd.discriminator_loss(positive, negative, "bradley-terry"), -wins.log().mean()
+    )
 
 
 DEMO = torch.tensor([0.4, 0.3, 0.2, 0.05, 0.05], dtype=torch.float64)
@@ -64,7 +66,9 @@ def fitted_scores(kind: str) -> torch.Tensor:
     if kind == "bradley-terry":  # every demonstration against every sample
         positive, negative = (x.flatten() for x in torch.meshgrid(positive, negative, indexing="ij"))
     scores = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scores], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [scores], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -95,7 +99,9 @@ def gradient_of_policy(logits: torch.Tensor, reward: torch.Tensor) -> torch.Tens
     total = 0.0
     for y in range(len(logits)):
         row = logprobs[y].view(1, 1)
-        total = total + weights[y] * afd.policy_gradient_loss(row, row.detach(), torch.ones(1, 1), reward[y].view(1), 0.0)
+        total = total + weights[y] * afd.policy_gradient_loss(
+            row, row.detach(), torch.ones(1, 1), reward[y].view(1), 0.0
+        )
     return torch.autograd.grad(total, logits)[0]
 
 
@@ -121,7 +127,9 @@ def test_forward_kl_covers_and_reverse_kl_seeks_a_mode():
         return mean.item(), ((probabilities * (grid - mean) ** 2).sum().sqrt()).item()
 
     covering = moments(afd_divergences.demonstrator())
-    assert moments(afd_divergences.gaussian(*afd_divergences.fit("forward-kl")).exp()) == pytest.approx(covering, abs=0.005)
+    assert moments(afd_divergences.gaussian(*afd_divergences.fit("forward-kl")).exp()) == pytest.approx(
+        covering, abs=0.005
+    )
     assert afd_divergences.fit("reverse-kl") == pytest.approx((-2.0, 0.5), abs=0.05)
     # JS has an optimum of either kind
     assert afd_divergences.fit("js")[1] == pytest.approx(covering[1], abs=0.1)
@@ -148,8 +156,12 @@ def test_best_of_n_against_enumeration(ties):
                 best = [i for i in subset if rewards[g, i] == rewards[g, list(subset)].max()]
                 scores.append(golden[g, best].double().mean())
                 duels += [won[g, best, opponent].mean() for opponent in set(range(M)) - set(subset)]
-            assert best_of_n.best_of_n_score(rewards, golden, [n])[g, 0] == pytest.approx(torch.stack(scores).mean().item(), abs=1e-9)
-            assert best_of_n.best_of_n_win_rate(rewards, preference, [n])[g, 0] == pytest.approx(torch.stack(duels).mean().item(), abs=1e-9)
+            assert best_of_n.best_of_n_score(rewards, golden, [n])[g, 0] == pytest.approx(
+                torch.stack(scores).mean().item(), abs=1e-9
+            )
+            assert best_of_n.best_of_n_win_rate(rewards, preference, [n])[g, 0] == pytest.approx(
+                torch.stack(duels).mean().item(), abs=1e-9
+            )
 
 
 def test_best_of_many_does_not_overflow():
@@ -167,7 +179,9 @@ def test_best_of_one_is_even_and_a_useless_reward_stays_even():
     rates = best_of_n.best_of_n_win_rate(torch.zeros(200, 9), preference, ns).mean(0)
     assert rates.tolist() == pytest.approx([0.5] * 3, abs=1e-9)  # opponents inside the subset would bias this
     oracle = best_of_n.best_of_n_win_rate(golden, preference, ns).mean(0)
-    assert oracle.tolist() == pytest.approx([n / (n + 1) for n in ns], abs=1e-9)  # the best of n + 1 lies among the n
+    assert oracle.tolist() == pytest.approx(
+        [n / (n + 1) for n in ns], abs=1e-9
+    )  # the best of n + 1 lies among the n
 
 
 # --- reward models -----------------------------------------------------------------------------
@@ -217,7 +231,9 @@ def test_it_learns(flags, tmp_path, extra):
     start(afd, *flags, *extra, "--run-name=x")
     summary = summary_of(tmp_path / "x")
     assert summary["win_rate"] > 0.8 and summary["score_after"] > summary["score_before"] + 0.7
-    assert (tmp_path / "x" / "sft" / "config.json").exists() and (tmp_path / "x" / "model" / "config.json").exists()
+    assert (tmp_path / "x" / "sft" / "config.json").exists() and (
+        tmp_path / "x" / "model" / "config.json"
+    ).exists()
 
 
 def test_irl_compares_every_construction_on_the_same_samples_and_its_stages_can_be_reused(flags, tmp_path):
@@ -228,18 +244,26 @@ def test_irl_compares_every_construction_on_the_same_samples_and_its_stages_can_
     names += ["log-ratio", "length", "random", "judge (oracle)"]
     assert list(report["rankers"]) == names and (tmp_path / "x" / "best_of_n.png").exists()
     for curve in report["rankers"].values():
-        assert len(curve["score"]) == len(curve["win_rate"]) == 4 and curve["win_rate"][0] == pytest.approx(0.5)
+        assert len(curve["score"]) == len(curve["win_rate"]) == 4 and curve["win_rate"][0] == pytest.approx(
+            0.5
+        )
         assert curve["score"][0] == pytest.approx(report["rankers"]["random"]["score"][0])  # the same samples
     oracle = report["rankers"]["judge (oracle)"]
     assert oracle["score"] == sorted(oracle["score"]) and oracle["score"][-1] > oracle["score"][0]
     assert report["rankers"]["reward model, sft-demo"]["separability"] is not None
     summary = summary_of(tmp_path / "x")
-    assert summary["best_of_n"]["favoured_on_dev"] in names[:5] and "preference" not in summary["best_of_n"]["favoured_on_dev"]
+    assert (
+        summary["best_of_n"]["favoured_on_dev"] in names[:5]
+        and "preference" not in summary["best_of_n"]["favoured_on_dev"]
+    )
 
     reused = [f"--sft-model={tmp_path}/x/sft", f"--reward-model={tmp_path}/x/reward-init-sft"]
     start(afd, *flags, *reused, "--run-name=y", "--extrapolate=best-of-n")
     again = json.loads((tmp_path / "y" / "best_of_n.json").read_text())["rankers"]
-    assert again["reward model, given (init-sft)"]["score"] == report["rankers"]["reward model, init-sft"]["score"]
+    assert (
+        again["reward model, given (init-sft)"]["score"]
+        == report["rankers"]["reward model, init-sft"]["score"]
+    )
     assert not (tmp_path / "y" / "sft").exists() and not (tmp_path / "y" / "metrics.jsonl").exists()
 
 
@@ -273,7 +297,11 @@ def test_training_is_sealed_off_from_the_judge(flags, tmp_path, monkeypatch, obj
 
 @pytest.mark.parametrize(
     "objective",
-    [["--objective=irl", "--lora-rank=4"], ["--objective=reverse-kl", "--policy-steps=8", "--replay=0.5"], ["--objective=spin"]],
+    [
+        ["--objective=irl", "--lora-rank=4"],
+        ["--objective=reverse-kl", "--policy-steps=8", "--replay=0.5"],
+        ["--objective=spin"],
+    ],
     ids=" ".join,
 )
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, objective):
@@ -290,14 +318,27 @@ def test_with_lora_every_stage_runs(flags, tmp_path):
 
 def test_only_demonstrations_the_judge_likes_are_kept(flags, tmp_path, capsys):
     flags = [f for f in flags if not f.startswith("--min-demo")]
-    start(afd, *flags, "--min-demonstration-score=4", "--dev-prompts=4", "--objective=forward-kl", "--max-steps=1", "--run-name=x")
+    start(
+        afd,
+        *flags,
+        "--min-demonstration-score=4",
+        "--dev-prompts=4",
+        "--objective=forward-kl",
+        "--max-steps=1",
+        "--run-name=x",
+    )
     assert re.search(r"demonstrations: \d+ of 64 score at least 4", capsys.readouterr().out)
 
 
 def test_demonstrations_from_a_file(flags, world, tmp_path, capsys):
-    held_out = {common.prompt_text(r.prompt) for r in common.load_rows(f"{world}/prompts.jsonl", held_out=16)[1]}
+    held_out = {
+        common.prompt_text(r.prompt) for r in common.load_rows(f"{world}/prompts.jsonl", held_out=16)[1]
+    }
     rows = [json.loads(line) for line in (world / "demonstrations.jsonl").read_text().splitlines()]
-    flags = [f for f in flags if not f.startswith("--dataset")] + [f"--dataset={world}/prompts.jsonl", "--max-steps=2"]
+    flags = [f for f in flags if not f.startswith("--dataset")] + [
+        f"--dataset={world}/prompts.jsonl",
+        "--max-steps=2",
+    ]
     good = tmp_path / "demos.jsonl"
     good.write_text("\n".join(json.dumps(row) for row in rows if row["prompt"] not in held_out))
     start(afd, *flags, f"--demonstrations={good}", "--objective=forward-kl", "--run-name=x")
@@ -336,7 +377,12 @@ def test_demonstrations_from_a_file(flags, world, tmp_path, capsys):
 def test_bad_input_is_one_clear_message(flags, world, tmp_path, capsys, extra, message):
     extra = [e.format(world=world) for e in extra]
     with pytest.raises(SystemExit) as stop:
-        start(afd, *[f for f in flags if not any(f.startswith(e.partition("=")[0] + "=") for e in extra)], *extra, "--run-name=x")
+        start(
+            afd,
+            *[f for f in flags if not any(f.startswith(e.partition("=")[0] + "=") for e in extra)],
+            *extra,
+            "--run-name=x",
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and re.search(message, error), error
     assert "Traceback" not in error and not (tmp_path / "x").exists()
@@ -354,6 +400,10 @@ def test_empty_demonstrations_are_refused(flags, tmp_path, capsys):
 def test_hh_rlhf_splits_at_the_last_assistant_turn():
     train, test = common.load_rows(str(HH), ("chosen", "rejected"), 200, "chosen")
     row = next(row for row in train if len(row.prompt) == 5)
-    assert row.prompt[-1]["role"] == "user" and [m["role"] for m in row.prompt[:3]] == ["user", "assistant", "user"]
+    assert row.prompt[-1]["role"] == "user" and [m["role"] for m in row.prompt[:3]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     assert row.response == row.chosen and row.chosen != row.rejected and "\n\nAssistant:" not in row.chosen
     assert not {common.prompt_text(r.prompt) for r in train} & {common.prompt_text(r.prompt) for r in test}

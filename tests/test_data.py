@@ -22,10 +22,15 @@ def test_standard_and_conversational_formats_read_alike():
     both = ("chosen", "rejected")
     assert parse(both, prompt="hi", chosen="yes", rejected="no") == Row("f:1", "hi", "yes", "no")
     explicit = parse(
-        both, prompt=messages, chosen=[{"role": "assistant", "content": "yes"}], rejected=[{"role": "assistant", "content": "no"}]
+        both,
+        prompt=messages,
+        chosen=[{"role": "assistant", "content": "yes"}],
+        rejected=[{"role": "assistant", "content": "no"}],
     )
     implicit = parse(
-        both, chosen=[*messages, {"role": "assistant", "content": "yes"}], rejected=[*messages, {"role": "assistant", "content": "no"}]
+        both,
+        chosen=[*messages, {"role": "assistant", "content": "yes"}],
+        rejected=[*messages, {"role": "assistant", "content": "no"}],
     )
     assert explicit == implicit == Row("f:1", messages, "yes", "no")
     ultrafeedback = parse(
@@ -41,7 +46,10 @@ def test_standard_and_conversational_formats_read_alike():
 def test_hh_dialogues_split_at_the_last_assistant_turn():
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = parse(("chosen", "rejected"), chosen=text + " yes", rejected=text + " no")
-    assert [m["role"] for m in row.prompt] == ["user", "assistant", "user"] and (row.chosen, row.rejected) == ("yes", "no")
+    assert [m["role"] for m in row.prompt] == ["user", "assistant", "user"] and (
+        row.chosen,
+        row.rejected,
+    ) == ("yes", "no")
     assert common.write_dialogue(row.prompt) + "\n\nAssistant:" == text
 
 
@@ -65,11 +73,16 @@ def test_files(tmp_path):
     (tmp_path / "x.jsonl").write_text(text)
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write(text)
-    loaded = [common.load_rows(str(tmp_path / name), ("chosen", "rejected"), held_out=8) for name in ("x.jsonl", "x.jsonl.gz")]
+    loaded = [
+        common.load_rows(str(tmp_path / name), ("chosen", "rejected"), held_out=8)
+        for name in ("x.jsonl", "x.jsonl.gz")
+    ]
     for train, test in loaded:
         assert len(train) == 32 and len(test) == 7  # of 39 usable rows a fifth at most is held out
         assert not {r.prompt for r in train} & {r.prompt for r in test}
-    assert [r.prompt for r in loaded[0][1]] == [r.prompt for r in loaded[1][1]]  # the same rows are held out every time
+    assert [r.prompt for r in loaded[0][1]] == [
+        r.prompt for r in loaded[1][1]
+    ]  # the same rows are held out every time
 
 
 def test_parquet(tmp_path):
@@ -77,7 +90,9 @@ def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"p{i}" for i in range(20)]}), tmp_path / "x.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": [f"p{i}" for i in range(20)]}), tmp_path / "x.parquet"
+    )
     train, test = common.load_rows(str(tmp_path / "x.parquet"), held_out=4)
     assert len(train) == 16 and len(test) == 4
 
@@ -126,9 +141,13 @@ def test_chitchat_splits_are_fixed_and_disjoint():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
 def test_real_files():
-    train, test = common.load_rows(str(SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"), ("chosen", "rejected"))
+    train, test = common.load_rows(
+        str(SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"), ("chosen", "rejected")
+    )
     assert len(train) + len(test) > 2000 and all(row.prompt[-1]["role"] == "user" for row in train)
-    train, _ = common.load_rows(str(SHARED / "alpaca_eval_gpt4_preferences_test.jsonl.gz"), ("chosen", "rejected"))
+    train, _ = common.load_rows(
+        str(SHARED / "alpaca_eval_gpt4_preferences_test.jsonl.gz"), ("chosen", "rejected")
+    )
     assert len(train) > 1000
 
 
@@ -141,7 +160,9 @@ def test_encoding_with_and_without_a_chat_template():
     end = common.turn_end(chat, [chat.eos_token_id])
     assert end == chat.eos_token_id
     assert chat.decode(common.encode_response(chat, "x", "fine dog", end, 9)) == "fine dog </s>"
-    assert chat.decode(common.encode_response(chat, "x", "fine dog sun", end, 2)) == "fine dog"  # cut, and left open
+    assert (
+        chat.decode(common.encode_response(chat, "x", "fine dog sun", end, 2)) == "fine dog"
+    )  # cut, and left open
 
 
 def test_long_prompts_are_dropped_and_counted(capsys):

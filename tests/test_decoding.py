@@ -19,7 +19,15 @@ import decoding
 import experiment
 import selm
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal", "_unique2"}  # or copy from the host
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "lift_fresh",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+}  # or copy from the host
 
 
 class Recorder(TorchDispatchMode):
@@ -33,7 +41,9 @@ class Recorder(TorchDispatchMode):
         assert kernel.overloadpacket.__name__ not in WAITS, f"{kernel} waits for the device"
         if kernel.overloadpacket.__name__.startswith("index"):
             assert not any(
-                x.dtype == torch.bool for x in torch.utils._pytree.tree_leaves(args[1:]) if isinstance(x, torch.Tensor) and x.ndim
+                x.dtype == torch.bool
+                for x in torch.utils._pytree.tree_leaves(args[1:])
+                if isinstance(x, torch.Tensor) and x.ndim
             )
         out = kernel(*args, **(kwargs or {}))
         self.calls.append((kernel, args, kwargs or {}, out))
@@ -44,7 +54,9 @@ class Recorder(TorchDispatchMode):
         now = {}
         for kernel, args, kwargs, out in self.calls:
             new = lambda x: now.get(id(x), x)  # noqa: E731
-            result = kernel(*tree_map_only(torch.Tensor, new, args), **tree_map_only(torch.Tensor, new, kwargs))
+            result = kernel(
+                *tree_map_only(torch.Tensor, new, args), **tree_map_only(torch.Tensor, new, kwargs)
+            )
             for old, fresh in zip(*(torch.utils._pytree.tree_leaves(x) for x in (out, result)), strict=True):
                 if isinstance(old, torch.Tensor):
                     now[id(old)] = fresh
@@ -56,7 +68,17 @@ def graphs(monkeypatch):
     recorders = []
 
     def capture(self, step):
-        state = [self.row, self.token, self.position, self.finished, self.mask, self.place, self.t, self.tokens, self.agreement]
+        state = [
+            self.row,
+            self.token,
+            self.position,
+            self.finished,
+            self.mask,
+            self.place,
+            self.t,
+            self.tokens,
+            self.agreement,
+        ]
         state += [buffer for cache in self.caches for layer in cache.layers for buffer in layer.buffers]
         before = [x.clone() for x in state]
         recorders.append(Recorder())
@@ -67,7 +89,9 @@ def graphs(monkeypatch):
         return recorders[-1].replay
 
     monkeypatch.setattr(decoding.Decoder, "_capture", capture)
-    monkeypatch.setattr(common, "resolve_decoding", lambda decoding, device: decoding if decoding != "auto" else "eager")
+    monkeypatch.setattr(
+        common, "resolve_decoding", lambda decoding, device: decoding if decoding != "auto" else "eager"
+    )
     return recorders
 
 
@@ -78,7 +102,9 @@ def models():
 
 def lora_pair(world):
     """A LoRA policy whose adapter has moved, and its reference."""
-    policy = common.make_trainable(common.load_model(f"{world}/model", torch.float32, torch.device("cpu")), 4, 8, False)
+    policy = common.make_trainable(
+        common.load_model(f"{world}/model", torch.float32, torch.device("cpu")), 4, 8, False
+    )
     torch.manual_seed(0)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
@@ -88,14 +114,28 @@ def lora_pair(world):
 
 @pytest.mark.parametrize("every", [1, 4, 100])
 @pytest.mark.parametrize(
-    "case", ["one model", "mixture", "mixture beside unmixed", "lora mixture", "greedy", "greedy mixture", "top-p", "top-p mixture"]
+    "case",
+    [
+        "one model",
+        "mixture",
+        "mixture beside unmixed",
+        "lora mixture",
+        "greedy",
+        "greedy mixture",
+        "top-p",
+        "top-p mixture",
+    ],
 )
 def test_recorded_steps_draw_the_same_tokens(models, world, graphs, monkeypatch, case, every):
     policy, reference = lora_pair(world) if "lora" in case else models
     settings = dict(completions=5, max_new_tokens=30, seed=5, max_rows=25)
     if "mixture" in case:
         settings["mixture"] = (reference, 0.3)
-    special = {"mixture beside unmixed": {"unmixed": 2}, "greedy": {"temperature": 0}, "top-p": {"top_p": 0.8}}
+    special = {
+        "mixture beside unmixed": {"unmixed": 2},
+        "greedy": {"temperature": 0},
+        "top-p": {"top_p": 0.8},
+    }
     settings |= special.get(case.removesuffix(" mixture"), {})
     prompts = [*PROMPTS, [6, 6, 6, 6, 6, 7, 8], [11], [12, 4, 5]]
     plain, ours = {}, {}
@@ -120,7 +160,9 @@ def test_a_compiled_step_is_one_graph_and_draws_the_same_tokens(models, graphs, 
     settings = dict(completions=5, max_new_tokens=8, seed=5, mixture=(models[1], 0.3), unmixed=2)
     expected = common.sample(models[0], PROMPTS, [END, 7], **settings)
     assert common.sample(models[0], PROMPTS, [END, 7], decoding="compiled", **settings) == expected
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for both models and every batch shape
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    )  # for both models and every batch shape
 
 
 def near(model, scale):
@@ -154,7 +196,9 @@ def test_drafts_save_passes_of_the_reference(models):
 
     def counted(model):
         other = copy.deepcopy(model)
-        other.model.register_forward_hook(lambda module, args, kwargs, out: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        other.model.register_forward_hook(
+            lambda module, args, kwargs, out: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
         return other
 
     settings = dict(max_new_tokens=50, seed=5)
@@ -171,9 +215,15 @@ def test_rows_that_finished_leave_the_batch(models, graphs, monkeypatch):
     monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", 2)
     shapes = []
     step = decoding.Decoder._step
-    monkeypatch.setattr(decoding.Decoder, "_step", lambda self, sizes, length: (shapes.append(sum(sizes)), step(self, sizes, length))[1])
+    monkeypatch.setattr(
+        decoding.Decoder,
+        "_step",
+        lambda self, sizes, length: (shapes.append(sum(sizes)), step(self, sizes, length))[1],
+    )
     prompts = [[5, 6, 7]] * 64
-    replies = common.sample(models[0], prompts, [END, 7, 8, 9, 10, 11], max_new_tokens=200, seed=0, decoding="graphs")
+    replies = common.sample(
+        models[0], prompts, [END, 7, 8, 9, 10, 11], max_new_tokens=200, seed=0, decoding="graphs"
+    )
     longest = max(len(group[0]) for group in replies)
     assert longest < 60  # so that 200 was not needed
     assert shapes[0] == 64 and shapes[-1] <= 8 and set(shapes) <= {64, 48, 32, 24, 16, 12, 8, 4}
@@ -192,9 +242,13 @@ def test_gradient_checkpointing_does_not_cost_the_cache(world, rank):
     device = torch.device("cpu")
     plain = common.load_model(f"{world}/model", torch.float32, device)
     expected = common.sample(plain, PROMPTS, [END], max_new_tokens=8, seed=1)
-    policy = common.make_trainable(common.load_model(f"{world}/model", torch.float32, device), rank, 8, gradient_checkpointing=True)
+    policy = common.make_trainable(
+        common.load_model(f"{world}/model", torch.float32, device), rank, 8, gradient_checkpointing=True
+    )
     assert common.sample(policy, PROMPTS, [END], max_new_tokens=8, seed=1) == expected
-    assert not common.base_model(policy).training  # `completion_logprobs` alone enters training mode, where a gradient is wanted
+    assert not common.base_model(
+        policy
+    ).training  # `completion_logprobs` alone enters training mode, where a gradient is wanted
 
 
 SHAPE = dict(
@@ -207,16 +261,29 @@ SHAPE = dict(
     pad_token_id=0,
 )
 FAMILIES = {
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=14)),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=14)
+    ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
-            **SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=14, attn_logit_softcapping=1.0, query_pre_attn_scalar=8
+            **SHAPE,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=14,
+            attn_logit_softcapping=1.0,
+            query_pre_attn_scalar=8,
         )
     ),
-    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=16)),
-    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**SHAPE, num_key_value_heads=4, sliding_window=14)),
+    "gemma": lambda: transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=16)
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**SHAPE, num_key_value_heads=4, sliding_window=14)
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SHAPE)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)
+    ),
 }
 
 
@@ -227,20 +294,30 @@ def test_families_against_no_cache(graphs, family, implementation):
     model = FAMILIES[family]().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():  # sharp attention, distributions far from uniform
-            sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "query_key_value", "embed", "lm_head"))
+            sharp = any(
+                part in name
+                for part in ("q_proj", "k_proj", "qkv_proj", "query_key_value", "embed", "lm_head")
+            )
             weight.mul_(25 if sharp else 4)
     with contextlib.suppress(ValueError):  # a family without sdpa keeps eager
         model.set_attn_implementation(implementation)
     uniforms = numbers(5, len(PROMPTS), 2, 8)
-    expected = [[replay(model, prompt, uniforms[i, k], 8) for k in range(2)] for i, prompt in enumerate(PROMPTS)]
+    expected = [
+        [replay(model, prompt, uniforms[i, k], 8) for k in range(2)] for i, prompt in enumerate(PROMPTS)
+    ]
     for way in ("eager", "graphs"):
-        assert common.sample(model, PROMPTS, [END], completions=2, max_new_tokens=8, seed=5, decoding=way) == expected
+        assert (
+            common.sample(model, PROMPTS, [END], completions=2, max_new_tokens=8, seed=5, decoding=way)
+            == expected
+        )
     assert model.config._attn_implementation in ("sdpa", "eager")  # as before
 
 
 def test_a_sliding_window_that_would_bind_is_refused(models):
     model = FAMILIES["mistral"]()
-    with pytest.raises(common.UserError, match="15 tokens are longer than its attention's sliding window of 14"):
+    with pytest.raises(
+        common.UserError, match="15 tokens are longer than its attention's sliding window of 14"
+    ):
         common.sample(model, PROMPTS, [END], max_new_tokens=9, seed=0)
     with pytest.raises(common.UserError, match="sliding window"):
         common.choose_sample_rows(8, [model], 15)
@@ -262,7 +339,9 @@ def test_graphs_need_cuda(flags, tmp_path, capsys):
 def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     """The formula's bytes for a row are those of the caches and logits that a row has."""
     policy, reference = models
-    assert common.choose_sample_rows(0, [policy], 40) == 64 and common.choose_sample_rows(5, [policy], 40) == 5
+    assert (
+        common.choose_sample_rows(0, [policy], 40) == 64 and common.choose_sample_rows(5, [policy], 40) == 5
+    )
     layers, heads, width = 2, 2, 8
     row = 2 * (2 * layers * heads * width * 40 * 4 + 24 * V)
     fixed = common.PREFILL_TOKENS * 4 * (32 + 64) * 4
@@ -295,7 +374,10 @@ def test_warmup_does_not_blur_tokens_per_second():
     run.phases["sampling"]["seconds"] = 3.0
     run.add_tokens("sampling", 100)
     run.set_apart("sampling", "decoder warm-up", 1.0)
-    assert run.throughput() == {"tokens_per_second/sampling": 50.0} and run.phases["decoder warm-up"]["seconds"] == 1.0
+    assert (
+        run.throughput() == {"tokens_per_second/sampling": 50.0}
+        and run.phases["decoder warm-up"]["seconds"] == 1.0
+    )
 
 
 def test_rows_are_chosen_for_a_config_without_inner_width(monkeypatch):

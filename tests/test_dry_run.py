@@ -31,7 +31,9 @@ PUBLISHED = {  # numbers of weights
 
 
 def test_sizes_are_the_published_ones():
-    assert {name: sum(p.numel() for p in synthetic.meta_model(name).parameters()) for name in synthetic.CONFIGS} == PUBLISHED
+    assert {
+        name: sum(p.numel() for p in synthetic.meta_model(name).parameters()) for name in synthetic.CONFIGS
+    } == PUBLISHED
 
 
 def test_every_recipe_of_the_hub_has_its_sizes():
@@ -40,26 +42,42 @@ def test_every_recipe_of_the_hub_has_its_sizes():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(
-    "extra", [[], ["--lora-rank=2", "--gradient-checkpointing"], ["--optimizer-states=bfloat16", "--dtype=bfloat16"]], ids=str
+    "extra",
+    [[], ["--lora-rank=2", "--gradient-checkpointing"], ["--optimizer-states=bfloat16", "--dtype=bfloat16"]],
+    ids=str,
 )
 def test_rehearsal_of_a_tiny_model(name, extra, flags, tmp_path, capsys):
     flags = [f for f in flags if f.split("=")[0] not in {e.split("=")[0] for e in extra}]
-    start(SCRIPTS[name], *flags, *extra, "--dry-run", "--run-name=x", "--max-prompt-length=12", "--batch-size=4")
+    start(
+        SCRIPTS[name], *flags, *extra, "--dry-run", "--run-name=x", "--max-prompt-length=12", "--batch-size=4"
+    )
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "x" / "dry_run.json").read_text())
     phases = result["phases"]
     alone = name == "afd"  # SFT: one reply a prompt and no reference
-    assert set(phases) >= ({"sampling", "training", "update"} if alone else {"sampling", "reference", "training", "update"})
+    assert set(phases) >= (
+        {"sampling", "training", "update"} if alone else {"sampling", "reference", "training", "update"}
+    )
     assert all(phase["seconds"] > 0 and phase["peak_memory_bytes"] > 0 for phase in phases.values())
-    assert phases["training"]["tokens"] >= 4 * (12 + (1 if alone else 2) * 5)  # every reply ran to its greatest length
+    assert phases["training"]["tokens"] >= 4 * (
+        12 + (1 if alone else 2) * 5
+    )  # every reply ran to its greatest length
     assert phases["sampling"]["tokens"] % (4 * 6) == 0
-    assert 0 < phases["training"]["model_flops_utilisation"] < 1 and result["matmul_peak_flops_per_second"] > 1e9
+    assert (
+        0 < phases["training"]["model_flops_utilisation"] < 1 and result["matmul_peak_flops_per_second"] > 1e9
+    )
     assert "foreseen" in printed and "random judge" in printed and not (tmp_path / "x" / "model").exists()
 
 
 def test_offline_responses_in_a_rehearsal(flags, tmp_path):
     """The paper's recipe: one greedy answer beside the data set's two, the third completion of some pairs included."""
-    flags += ["--offline-responses", "--samples-per-prompt=1", "--temperature=0", "--offline-warmup", "--batch-size=16"]
+    flags += [
+        "--offline-responses",
+        "--samples-per-prompt=1",
+        "--temperature=0",
+        "--offline-warmup",
+        "--batch-size=16",
+    ]
     start(selm, *flags, "--dry-run", "--run-name=x", "--max-prompt-length=12")
     phases = json.loads((tmp_path / "x" / "dry_run.json").read_text())["phases"]
     assert phases["training"]["scored"] > 16 * 2 * 6  # some y_s stood apart
@@ -75,19 +93,30 @@ def test_utilisation_counts_each_weight_where_it_works():
     assert dry_run.model_flops(lora, 10, 4, 4) == 4 * (2 * layer * 10 + 24 * 32 * 4)
 
 
-@pytest.mark.parametrize("lora_rank,states,exploration", [(0, "float32", "selm"), (0, "bfloat16", "xpo"), (8, "float32", "selm")])
+@pytest.mark.parametrize(
+    "lora_rank,states,exploration", [(0, "float32", "selm"), (0, "bfloat16", "xpo"), (8, "float32", "selm")]
+)
 def test_foreseen_is_what_is_held(lora_rank, states, exploration, monkeypatch):
     """Weights, reference and optimiser of a small model, byte for byte."""
 
     config = tiny.model(300).config
     monkeypatch.setitem(synthetic.CONFIGS, "small", ("LlamaConfig", config.to_dict()))
-    args = selm.Args(model="small", lora_rank=lora_rank, optimizer_states=states, exploration=exploration, dtype="bfloat16", device="cpu")
+    args = selm.Args(
+        model="small",
+        lora_rank=lora_rank,
+        optimizer_states=states,
+        exploration=exploration,
+        dtype="bfloat16",
+        device="cpu",
+    )
     needs = dry_run.foreseen(args, torch.device("cpu"))
     load = lambda: common.load_model("random:small", torch.bfloat16, torch.device("cpu"), "sdpa")  # noqa: E731
     policy = common.make_trainable(load(), lora_rank, 16, False)
     count = lambda adapter: sum(p.nbytes for n, p in policy.named_parameters() if ("lora_" in n) == adapter)  # noqa: E731
     assert needs["policy's weights"] == count(False) and needs.get("LoRA adapter", 0) == count(True)
-    assert needs.get("reference's weights", 0) == (count(False) if exploration == "xpo" and not lora_rank else 0)
+    assert needs.get("reference's weights", 0) == (
+        count(False) if exploration == "xpo" and not lora_rank else 0
+    )
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     expected = {"float32": 16, "bfloat16": 10}[states]
     assert sum(n for what, n in needs.items() if what.startswith("optimiser")) == expected * trained
@@ -118,14 +147,24 @@ def test_activations_are_about_as_foreseen():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         common.completion_logprobs(model, batch)
-    assert sum(n for _, n in held.values()) / tokens == pytest.approx(dry_run.activation_bytes(config, 2, False), rel=0.2)
+    assert sum(n for _, n in held.values()) / tokens == pytest.approx(
+        dry_run.activation_bytes(config, 2, False), rel=0.2
+    )
 
 
 def test_too_large_for_this_machine_is_said_before_trying(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dry_run, "free_memory", lambda device: 20 * 2**30)
     monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("it tried"))
     with pytest.raises(SystemExit) as stop:
-        start(selm, "--model=llama3-8b", "--dry-run", "--lora-rank=0", "--device=cpu", "--dtype=bfloat16", f"--run-dir={tmp_path}")
+        start(
+            selm,
+            "--model=llama3-8b",
+            "--dry-run",
+            "--lora-rank=0",
+            "--device=cpu",
+            "--dtype=bfloat16",
+            f"--run-dir={tmp_path}",
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error and not list(tmp_path.iterdir())
     assert re.search(r"llama3-8b needs \d+\.\d GiB .*cpu has 20\.0 GiB free", error)
@@ -167,9 +206,20 @@ def test_out_of_memory_is_advice(flags, monkeypatch, capsys, error):
 
 
 def test_advice_names_only_what_helps_and_figures_only_what_is_known():
-    args = selm.Args(model="llama3-8b", lora_rank=32, gradient_checkpointing=True, micro_batch_tokens=8192, dtype="bfloat16", device="cpu")
+    args = selm.Args(
+        model="llama3-8b",
+        lora_rank=32,
+        gradient_checkpointing=True,
+        micro_batch_tokens=8192,
+        dtype="bfloat16",
+        device="cpu",
+    )
     text = dry_run.advice(args, torch.device("cpu"))
-    assert "--gradient-checkpointing" not in text and "--lora-rank" not in text and "--micro-batch-tokens 4096 saves" in text
+    assert (
+        "--gradient-checkpointing" not in text
+        and "--lora-rank" not in text
+        and "--micro-batch-tokens 4096 saves" in text
+    )
     text = dry_run.advice(selm.Args(model="some/model", device="cpu"), torch.device("cpu"))
     assert "--lora-rank 32" in text and "GiB" not in text
 
@@ -194,6 +244,8 @@ def test_nested_phases_have_their_own_seconds_and_peaks(tmp_path):
             inner.add_(1)
             del inner
         del outer
-    seconds, peaks = ({name: phase[key] for name, phase in run.phases.items()} for key in ("seconds", "peak_memory_bytes"))
+    seconds, peaks = (
+        {name: phase[key] for name, phase in run.phases.items()} for key in ("seconds", "peak_memory_bytes")
+    )
     assert seconds["inner"] > 0 and seconds["outer"] > 0
     assert run.peak_memory_bytes == max(peaks.values()) and peaks["inner"] >= peaks["outer"]

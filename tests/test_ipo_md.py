@@ -53,9 +53,21 @@ def test_it_learns(flags, tmp_path, extra):
 
 def test_offline_learns_the_data_sets_pairs(world, flags, tmp_path):
     flags = [f"--dataset={world}/pairs.jsonl" if f.startswith("--dataset") else f for f in flags]
-    start(ipo_md, *flags, "--offline", "--run-name=x", "--num-prompts=None", "--epochs=5", "--learning-rate=0.003")
+    start(
+        ipo_md,
+        *flags,
+        "--offline",
+        "--run-name=x",
+        "--num-prompts=None",
+        "--epochs=5",
+        "--learning-rate=0.003",
+    )
     rows = metrics_of(tmp_path / "x")
-    assert rows[-1]["rewards/accuracy"] > 0.9 and rows[-1]["loss"] < rows[0]["loss"] and "preference" not in rows[0]
+    assert (
+        rows[-1]["rewards/accuracy"] > 0.9
+        and rows[-1]["loss"] < rows[0]["loss"]
+        and "preference" not in rows[0]
+    )
 
 
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path):
@@ -77,7 +89,9 @@ def test_with_lora_the_mixture_holds_the_unadapted_model(world):
     merged = copy.deepcopy(policy).merge_and_unload()
     original = common.load_model(f"{world}/model", torch.float32, device)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    draw = lambda model, other: common.sample(model, prompts, ends, completions=4, max_new_tokens=6, seed=0, mixture=(other, 0.5))  # noqa: E731
+    draw = lambda model, other: common.sample(
+        model, prompts, ends, completions=4, max_new_tokens=6, seed=0, mixture=(other, 0.5)
+    )  # noqa: E731
     right = draw(merged, original)
     assert draw(policy, reference) == right
     assert draw(policy, policy) != right
@@ -102,12 +116,18 @@ def test_mixture_beside_unmixed_samples(world):
 def test_cycle_judge():
     judge = load_judge("cycle")
     question, exclamation, statement = "Who are you?", "What a day! Great!", "It rains."
-    assert judge.preference(["x"] * 3, [question, exclamation, statement], [exclamation, statement, question]).tolist() == [1, 1, 1]
-    assert judge.preference(["x"] * 3, [exclamation, statement, question], [question, exclamation, statement]).tolist() == [0, 0, 0]
+    assert judge.preference(
+        ["x"] * 3, [question, exclamation, statement], [exclamation, statement, question]
+    ).tolist() == [1, 1, 1]
+    assert judge.preference(
+        ["x"] * 3, [exclamation, statement, question], [question, exclamation, statement]
+    ).tolist() == [0, 0, 0]
     assert judge.preference(["x"], ["Really? Yes!"], ["Wow!"]).item() == 0.5  # the last mark decides
     assert judge.score is None
     measured = cycle_measure([statement] * 6 + [question] * 3 + [exclamation])
-    assert measured["exploitability"] == pytest.approx(0.6 + 0.5 * 0.1 - 0.5)  # exclamations beat the statements
+    assert measured["exploitability"] == pytest.approx(
+        0.6 + 0.5 * 0.1 - 0.5
+    )  # exclamations beat the statements
     assert cycle_measure([question, exclamation, statement])["exploitability"] == pytest.approx(0)
 
 

@@ -28,7 +28,13 @@ def reward_folder(tmp_path_factory):
     words.save_pretrained(path)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=1, pad_token_id=words.pad_token_id
+        vocab_size=len(words),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        num_labels=1,
+        pad_token_id=words.pad_token_id,
     )
     transformers.GPT2ForSequenceClassification(config).save_pretrained(path)
     return path, words
@@ -39,13 +45,22 @@ def test_reward_model_through_its_own_tokenizer(reward_folder):
     judge = load_judge(f"hf:{path}")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
     prompts, replies = (
-        ["good cat", [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]],
+        [
+            "good cat",
+            [
+                {"role": "user", "content": "sun"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": "why"},
+            ],
+        ],
         ["fine", "the dog"],
     )
     texts = ["good cat fine", "\n\nHuman: sun\n\nAssistant: yes\n\nHuman: why\n\nAssistant: the dog"]
     with torch.no_grad():
         expected = [model(torch.tensor([words(text).input_ids])).logits[0, 0].item() for text in texts]
-    assert judge.score(prompts, replies).tolist() == pytest.approx(expected, abs=1e-5)  # batched and padded = one by one
+    assert judge.score(prompts, replies).tolist() == pytest.approx(
+        expected, abs=1e-5
+    )  # batched and padded = one by one
     p = judge.preference(prompts[:1], ["fine"], ["dog"])
     assert p.item() == pytest.approx(1 - judge.preference(prompts[:1], ["dog"], ["fine"]).item())
 
@@ -60,7 +75,11 @@ def test_long_replies_keep_their_end(reward_folder):
 # The format as the card of RLHFlow/pair-preference-model-LLaMA3-8B renders it: a chat template for the context, then the question.
 CARD_CONTEXT = "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}{% else %}\n\n<turn> assistant\n {{ message['content'] }}{% endif %}{% endfor %}\n\n\n"
 CARD_QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
-DIALOGUE = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+DIALOGUE = [
+    {"role": "user", "content": "sun"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "why"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +89,9 @@ def pairwise_folder(tmp_path_factory):
     words = tiny.tokenizer(extra=("A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>"))
     words.save_pretrained(path)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2)
+    config = transformers.GPT2Config(
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(path)
     return path, words
 
@@ -79,14 +100,20 @@ def test_pairwise_model_asks_as_its_card_does(pairwise_folder):
     path, words = pairwise_folder
     judge = load_judge(f"pairwise:{path}")
     model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    prompts, a, b = ["good cat", DIALOGUE, "the moon"], ["fine", "the dog " * 8, "yes"], ["bad " * 5, "no", "not very good"]
+    prompts, a, b = (
+        ["good cat", DIALOGUE, "the moon"],
+        ["fine", "the dog " * 8, "yes"],
+        ["bad " * 5, "no", "not very good"],
+    )
     expected = []
     for prompt, x, y in zip(prompts, a, b, strict=True):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         context = words.apply_chat_template(messages, chat_template=CARD_CONTEXT, tokenize=False)
         question = CARD_QUESTION.format(context=context, response_A=x, response_B=y)
         assert pairwise_question(prompt, x, y) == question
-        text = words.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        text = words.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
         ids = words.encode(text.replace(words.bos_token, ""), add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
             logits = model(ids).logits[0, -1, words.convert_tokens_to_ids(["A", "B"])]
@@ -110,7 +137,9 @@ def test_pairwise_questions_that_are_too_long_lose_their_beginning(pairwise_fold
 
 
 def test_pairwise_models_that_cannot_answer(world, tmp_path):
-    with pytest.raises(UserError, match=r"--judge pairwise:.*A and B must be one token each, and not the same"):
+    with pytest.raises(
+        UserError, match=r"--judge pairwise:.*A and B must be one token each, and not the same"
+    ):
         load_judge(f"pairwise:{world}/model")
     with pytest.raises(UserError, match="has no chat template"):
         load_judge(f"pairwise:{world}/plain")
@@ -166,17 +195,25 @@ def test_preference_matrix(world):
         assert three.shape == (3, 3) and two.shape == (2, 2)
         torch.testing.assert_close(three + three.T, torch.ones(3, 3))
         assert three[0, 1].item() == pytest.approx(judge.preference(["x"], [UP], [DOWN]).item())
-    assert (preference_matrix(biased, ["x", "y"], candidates)[0] == 0.5).all()  # position bias cancels in both orders
+    assert (
+        preference_matrix(biased, ["x", "y"], candidates)[0] == 0.5
+    ).all()  # position bias cancels in both orders
 
 
 def test_a_function_of_two_arguments_is_a_reward(world):
     judge = load_judge(f"{world}/judges.py:goodness")
     assert judge.score(["x", "x"], ["good sun", "bad"]).tolist() == [2.0, 0.0]
-    assert judge.preference(["x"], ["good sun"], ["bad"]).item() == pytest.approx(1 / (1 + 2.718281828**-2), rel=1e-6)
+    assert judge.preference(["x"], ["good sun"], ["bad"]).item() == pytest.approx(
+        1 / (1 + 2.718281828**-2), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    "name,message", [("one_reward", "returned 1 values for 2 replies; one reward"), ("endless", "value 0 is inf; a reward is a number")]
+    "name,message",
+    [
+        ("one_reward", "returned 1 values for 2 replies; one reward"),
+        ("endless", "value 0 is inf; a reward is a number"),
+    ],
 )
 def test_rewards_that_misbehave(world, name, message):
     judge = load_judge(f"{world}/judges.py:{name}")
@@ -186,9 +223,19 @@ def test_rewards_that_misbehave(world, name, message):
 
 def test_a_functions_own_measure(tmp_path):
     file = tmp_path / "mine.py"
-    lines = ["def f(prompts, a, b):", "    return [0.5] * len(a)", "f.measure = lambda replies: {'count': len(replies)}"]
-    lines += ["def g(prompts, a, b):", "    return [0.5] * len(a)", "g.measure = lambda replies: {'share': 1 / 0}"]
+    lines = [
+        "def f(prompts, a, b):",
+        "    return [0.5] * len(a)",
+        "f.measure = lambda replies: {'count': len(replies)}",
+    ]
+    lines += [
+        "def g(prompts, a, b):",
+        "    return [0.5] * len(a)",
+        "g.measure = lambda replies: {'share': 1 / 0}",
+    ]
     file.write_text("\n".join(lines))
     assert load_judge(f"{file}:f").measure(["x", "y"]) == {"count": 2.0}
-    with pytest.raises(UserError, match=r"mine.py:g: its measure raised ZeroDivisionError: division by zero \(.*mine.py:6\)"):
+    with pytest.raises(
+        UserError, match=r"mine.py:g: its measure raised ZeroDivisionError: division by zero \(.*mine.py:6\)"
+    ):
         load_judge(f"{file}:g").measure(["x"])

@@ -10,7 +10,11 @@ import common
 
 V, END = 24, 3
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
-COMPLETIONS = [[[4, 5, END], [6, 6, 6, 6, 6], [END]], [[7, END], [9], [4, 4, 4]], [[5, 6, 7, 8, END], [10, END], [11, 12, 13]]]
+COMPLETIONS = [
+    [[4, 5, END], [6, 6, 6, 6, 6], [END]],
+    [[7, END], [9], [4, 4, 4]],
+    [[5, 6, 7, 8, END], [10, END], [11, 12, 13]],
+]
 
 
 def plain(model, prompt, completion, temperature=1.0):
@@ -36,9 +40,16 @@ def test_against_plain_float64(model, attention, temperature):
     for g, prompt in enumerate(PROMPTS):
         for k, completion in enumerate(COMPLETIONS[g]):
             n = len(completion)
-            torch.testing.assert_close(logprobs[g, k, :n].double(), plain(model, prompt, completion, temperature), atol=2e-6, rtol=1e-6)
+            torch.testing.assert_close(
+                logprobs[g, k, :n].double(),
+                plain(model, prompt, completion, temperature),
+                atol=2e-6,
+                rtol=1e-6,
+            )
             assert (logprobs[g, k, n:] == 0).all() and (entropy[g, k, n:] == 0).all()
-            assert batch.mask[g, k].tolist() == [1.0] * n + [0.0] * (T - n)  # the end-of-sequence token counts, once
+            assert batch.mask[g, k].tolist() == [1.0] * n + [0.0] * (
+                T - n
+            )  # the end-of-sequence token counts, once
     p = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature, -1)
     assert entropy[0, 0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
@@ -54,7 +65,9 @@ def test_temperature_per_completion(model):
 def test_missing_completions_are_empty(model):
     batch = common.collate(PROMPTS[:2], [COMPLETIONS[0], COMPLETIONS[1][:2]], "cpu")
     sums = common.completion_logprobs(model, batch).sum(-1)
-    assert sums[1, 2] == 0 and sums[1, 0].item() == pytest.approx(plain(model, PROMPTS[1], COMPLETIONS[1][0]).sum().item(), abs=1e-5)
+    assert sums[1, 2] == 0 and sums[1, 0].item() == pytest.approx(
+        plain(model, PROMPTS[1], COMPLETIONS[1][0]).sum().item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
@@ -63,16 +76,27 @@ def test_gradient_and_chunk_sizes(model, monkeypatch, chunk):
     monkeypatch.setattr(common, "chunk_rows", lambda *_: chunk)
     ours, theirs = copy.deepcopy(model).requires_grad_(True), copy.deepcopy(model).requires_grad_(True)
     weights = torch.linspace(-1, 2, 9).view(3, 3)
-    (common.completion_logprobs(ours, common.collate(PROMPTS, COMPLETIONS, "cpu"), 0.8).sum(-1) * weights).sum().backward()
-    total = sum(weights[g, k] * plain(theirs, PROMPTS[g], COMPLETIONS[g][k], 0.8).sum() for g in range(3) for k in range(3))
+    (
+        common.completion_logprobs(ours, common.collate(PROMPTS, COMPLETIONS, "cpu"), 0.8).sum(-1) * weights
+    ).sum().backward()
+    total = sum(
+        weights[g, k] * plain(theirs, PROMPTS[g], COMPLETIONS[g][k], 0.8).sum()
+        for g in range(3)
+        for k in range(3)
+    )
     total.backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=3e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a.grad, b.grad, atol=3e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_soft_capped_logits_match_finite_differences():
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (11, 6)))
+    hidden, weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 6), (11, 6))
+    )
     bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
     targets, heat = torch.tensor([0, 3, 10, 3, 7]), torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7])
 
@@ -106,12 +130,16 @@ def test_micro_batches_sum_to_the_whole_batch(model):
 def test_sequence_logprobs(model):
     sums = common.sequence_logprobs(model, PROMPTS, COMPLETIONS, 1.0, "cpu", micro_batch_tokens=16)
     for g, prompt in enumerate(PROMPTS):
-        assert sums[g] == pytest.approx([plain(model, prompt, c).sum().item() for c in COMPLETIONS[g]], abs=1e-5)
+        assert sums[g] == pytest.approx(
+            [plain(model, prompt, c).sum().item() for c in COMPLETIONS[g]], abs=1e-5
+        )
 
 
 def test_sampled_tokens_have_the_probability_they_were_drawn_with(model):
     """Sampling and log-probs agree on one convention: frequencies of whole replies match exp(summed log-prob)."""
-    replies = common.sample(model, [PROMPTS[0]] * 4000, [END], max_new_tokens=2, seed=0, temperature=0.6, max_rows=4000)
+    replies = common.sample(
+        model, [PROMPTS[0]] * 4000, [END], max_new_tokens=2, seed=0, temperature=0.6, max_rows=4000
+    )
     seen = {}
     for (reply,) in replies:
         seen[tuple(reply)] = seen.get(tuple(reply), 0) + 1 / 4000
@@ -142,7 +170,10 @@ def test_gradient_checkpointing_gives_the_same_gradient_from_less_memory(model):
     assert kept["saving"] < 0.6 * kept["plain"]
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-12)
-    replies = [common.sample(policy, PROMPTS, [END], completions=2, max_new_tokens=6, seed=1) for policy in (plain, saving)]
+    replies = [
+        common.sample(policy, PROMPTS, [END], completions=2, max_new_tokens=6, seed=1)
+        for policy in (plain, saving)
+    ]
     assert replies[0] == replies[1]
 
 

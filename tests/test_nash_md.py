@@ -50,7 +50,9 @@ def test_play_asks_for_each_sample_against_its_prompts_opponent(average):
         return torch.tensor([chance(*pair) for pair in zip(prompts, a, b, strict=True)])
 
     judge = Judge("chance", preference)
-    once = lambda *pair: (chance(*pair) + 1 - chance(pair[0], pair[2], pair[1])) / 2 if average else chance(*pair)  # noqa: E731
+    once = lambda *pair: (
+        (chance(*pair) + 1 - chance(pair[0], pair[2], pair[1])) / 2 if average else chance(*pair)
+    )  # noqa: E731
     p, scores = nash_md.play(judge, PROMPTS, SAMPLES, RIVALS, average)
     assert scores is None and len(asked) == len(set(asked)) == 6 * (1 + average)
     for g, prompt in enumerate(PROMPTS):
@@ -62,7 +64,9 @@ def test_play_asks_for_each_sample_against_its_prompts_opponent(average):
     for g, (prompt, (a, b, c)) in enumerate(zip(PROMPTS, SAMPLES, strict=True)):
         ab, ac, bc = once(prompt, a, b), once(prompt, a, c), once(prompt, b, c)
         assert p[g].tolist() == pytest.approx([(ab + ac) / 2, (1 - ab + bc) / 2, (1 - ac + 1 - bc) / 2])
-    leave_one_out = (p.sum(1, keepdim=True) - p) / 2  # why check_args refuses it here: it scales the advantage by K / (K − 1)
+    leave_one_out = (
+        p.sum(1, keepdim=True) - p
+    ) / 2  # why check_args refuses it here: it scales the advantage by K / (K − 1)
     torch.testing.assert_close(p - leave_one_out, 1.5 * (p - 0.5))
 
 
@@ -71,7 +75,9 @@ def test_play_scores_each_text_once_where_there_is_a_scalar():
 
     def score(prompts, replies):
         scored.extend(zip(prompts, replies, strict=True))
-        return torch.tensor([chance(prompt, reply, "") for prompt, reply in zip(prompts, replies, strict=True)])
+        return torch.tensor(
+            [chance(prompt, reply, "") for prompt, reply in zip(prompts, replies, strict=True)]
+        )
 
     judge = Judge("scalar", None, score, scale=3.0)  # its preference is never needed
     r = lambda prompt, reply: chance(prompt, reply, "")  # noqa: E731
@@ -80,11 +86,17 @@ def test_play_scores_each_text_once_where_there_is_a_scalar():
     assert len(scored) == len(set(scored)) == 8
     for g, prompt in enumerate(PROMPTS):
         assert scores[g].tolist() == pytest.approx([r(prompt, sample) for sample in SAMPLES[g]])
-        assert p[g].tolist() == pytest.approx([sigmoid(r(prompt, sample) - r(prompt, RIVALS[g])) for sample in SAMPLES[g]])
+        assert p[g].tolist() == pytest.approx(
+            [sigmoid(r(prompt, sample) - r(prompt, RIVALS[g])) for sample in SAMPLES[g]]
+        )
     p, _ = nash_md.play(judge, PROMPTS, SAMPLES, None, True)
     a, b, c = (r("p", sample) for sample in SAMPLES[0])
     assert p[0].tolist() == pytest.approx(
-        [(sigmoid(a - b) + sigmoid(a - c)) / 2, (sigmoid(b - a) + sigmoid(b - c)) / 2, (sigmoid(c - a) + sigmoid(c - b)) / 2]
+        [
+            (sigmoid(a - b) + sigmoid(a - c)) / 2,
+            (sigmoid(b - a) + sigmoid(b - c)) / 2,
+            (sigmoid(c - a) + sigmoid(c - b)) / 2,
+        ]
     )
 
 
@@ -116,7 +128,14 @@ def test_collect_samples_the_opponent_that_was_asked_for(monkeypatch, opponent, 
 
     def sample(model, prompts, *, completions=1, mixture=None, unmixed=0, seed, stats, **settings):
         assert mixture is None or mixture[0] == "reference"
-        calls.append((model, bool(average and average.playing), unmixed if mixture else completions, mixture and mixture[1]))
+        calls.append(
+            (
+                model,
+                bool(average and average.playing),
+                unmixed if mixture else completions,
+                mixture and mixture[1],
+            )
+        )
         stats |= {"tokens": 0, "warmup_seconds": 0.0}
         return [[[100 * len(calls) + 10 * g + k] for k in range(completions)] for g in range(len(prompts))]
 
@@ -124,12 +143,20 @@ def test_collect_samples_the_opponent_that_was_asked_for(monkeypatch, opponent, 
     monkeypatch.setattr(common, "decode", lambda tokenizer, completion: str(completion[0]))
     args = nash_md.Args(opponent=opponent, beta=0.3, samples_per_prompt=K, baseline=baseline)
     rows = [common.Row(str(i), f"prompt {i}") for i in range(4)]
-    judge = Judge("chance", lambda prompts, a, b: torch.tensor([chance(*pair) for pair in zip(prompts, a, b, strict=True)]), symmetric=True)
+    judge = Judge(
+        "chance",
+        lambda prompts, a, b: torch.tensor([chance(*pair) for pair in zip(prompts, a, b, strict=True)]),
+        symmetric=True,
+    )
     run = experiment.Run("test", args, 1)
-    batch, metrics = nash_md.collect(args, [3, 1], 0, rows, [[i] for i in range(4)], "policy", "reference", average, None, {}, judge, run)
+    batch, metrics = nash_md.collect(
+        args, [3, 1], 0, rows, [[i] for i in range(4)], "policy", "reference", average, None, {}, judge, run
+    )
     assert calls == expected
     for g, (group, i) in enumerate(zip(batch, [3, 1], strict=True)):
-        assert (group.row_id, group.prompt) == (str(i), [i]) and group.completions == [[100 + 10 * g + k] for k in range(K)]
+        assert (group.row_id, group.prompt) == (str(i), [i]) and group.completions == [
+            [100 + 10 * g + k] for k in range(K)
+        ]
         own = [str(100 + 10 * g + k) for k in range(K)]
         if len(calls) == 2:
             p = [chance(f"prompt {i}", y, str(200 + 10 * g)) for y in own]
@@ -154,9 +181,17 @@ def test_collect_samples_the_opponent_that_was_asked_for(monkeypatch, opponent, 
     ids=" ".join,
 )
 def test_short_runs_log_finite_numbers(flags, tmp_path, extra):
-    start(nash_md, *[f for f in flags if f.split("=")[0] not in " ".join(extra)], *extra, "--run-name=x", "--max-steps=2")
+    start(
+        nash_md,
+        *[f for f in flags if f.split("=")[0] not in " ".join(extra)],
+        *extra,
+        "--run-name=x",
+        "--max-steps=2",
+    )
     rows = metrics_of(tmp_path / "x")
-    assert len(rows) == 2 and all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    assert len(rows) == 2 and all(
+        math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float)
+    )
     assert "--judge=cycle" not in extra or "exploitability" in rows[0]
 
 
@@ -199,18 +234,40 @@ def test_rlhf_learns_a_scalar_reward(world, flags, tmp_path):
     words.save_pretrained(tmp_path / "reward")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=0, initializer_range=1.0
+        vocab_size=len(words),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=1.0,
     )
     transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "reward")
     flags = [f"--judge=hf:{tmp_path}/reward" if f.startswith("--judge") else f for f in flags]
-    start(nash_md, *flags, "--objective=rlhf", "--run-name=x", "--num-prompts=None", "--epochs=5", "--learning-rate=0.01")
+    start(
+        nash_md,
+        *flags,
+        "--objective=rlhf",
+        "--run-name=x",
+        "--num-prompts=None",
+        "--epochs=5",
+        "--learning-rate=0.01",
+    )
     summary = summary_of(tmp_path / "x")
     assert summary["score_after"] > summary["score_before"] + 1 and summary["win_rate"] > 0.6
 
 
 @pytest.mark.parametrize("opponent", ["mixture", "ema"])
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, opponent):
-    flags += ["--num-prompts=None", "--epochs=2", "--learning-rate=0.003", "--save-every=3", f"--opponent={opponent}", "--ema-decay=0.9"]
+    flags += [
+        "--num-prompts=None",
+        "--epochs=2",
+        "--learning-rate=0.003",
+        "--save-every=3",
+        f"--opponent={opponent}",
+        "--ema-decay=0.9",
+    ]
     resumed_equals_uninterrupted(nash_md, flags, tmp_path)
 
 
@@ -236,7 +293,10 @@ def test_ema_follows_its_recursion_in_float32_and_leaves_the_policy_alone(dtype)
     assert all(torch.equal(a, b) for a, b in zip(restored.weights, ema.weights, strict=True))
     before = [p.detach().clone() for p in policy.parameters()]
     with ema.in_place_of_policy():
-        assert all(torch.equal(p, average.to(dtype)) for p, average in zip(optimiser.weights, ema.weights, strict=True))
+        assert all(
+            torch.equal(p, average.to(dtype))
+            for p, average in zip(optimiser.weights, ema.weights, strict=True)
+        )
     assert all(torch.equal(p, kept) for p, kept in zip(policy.parameters(), before, strict=True))
 
 

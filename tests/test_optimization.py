@@ -60,7 +60,9 @@ def test_small_steps_survive_bfloat16_and_plain_bfloat16_weights_stand_still():
     assert exact.abs().median() > 1e-5  # the masters went somewhere
     assert torch.cosine_similarity(exact, displacement(torch.float32, optimization.MasterAdamW), dim=0) > 0.9
     split = displacement(torch.bfloat16, optimization.SplitAdamW)
-    assert (split - exact).norm() / exact.norm() < 0.05 and torch.cosine_similarity(split, exact, dim=0) > 0.999
+    assert (split - exact).norm() / exact.norm() < 0.05 and torch.cosine_similarity(
+        split, exact, dim=0
+    ) > 0.999
     plain = displacement(torch.bfloat16, PlainAdamW)
     assert (plain - exact).norm() / exact.norm() > 0.9 and (plain == 0).float().mean() > 0.95
 
@@ -88,13 +90,21 @@ def test_split_adamw_is_adamw(dtype):
         optimization.round_at_random = rounding
     for ours, weight, expected in zip(optimiser.masters, model.parameters(), masters, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-6)
-        assert (weight.float() - ours).abs().max() <= (2**-9 if dtype == torch.bfloat16 else 0) * 2  # rounded to nearest
+        assert (weight.float() - ours).abs().max() <= (
+            2**-9 if dtype == torch.bfloat16 else 0
+        ) * 2  # rounded to nearest
 
 
 def test_split_loses_nothing():
     """Every finite float32 comes back bit for bit, halfway cases and denormals included; the bfloat16 part is the nearest one."""
-    bits = torch.randint(-(2**31), 2**31, (300_000,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)
-    x = torch.cat([bits[bits.abs() < 3e38], torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 3 * 2**-8, 0.0, -0.0, 1e-40])])
+    bits = (
+        torch.randint(-(2**31), 2**31, (300_000,), generator=torch.Generator().manual_seed(0))
+        .int()
+        .view(torch.float32)
+    )
+    x = torch.cat(
+        [bits[bits.abs() < 3e38], torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 3 * 2**-8, 0.0, -0.0, 1e-40])]
+    )
     weight, low = torch.empty(len(x), dtype=torch.bfloat16), torch.empty(len(x), dtype=torch.int16)
     optimization.split_bits(x, weight, low)
     assert torch.equal(optimization.join_bits(weight, low).view(torch.int32), x.view(torch.int32))
@@ -105,7 +115,9 @@ def test_random_rounding_has_the_right_mean():
     x = torch.tensor([1.0017, -0.3331, 3e-9]).repeat_interleave(200_000)
     rounded = optimization.round_at_random(x, torch.Generator().manual_seed(0))
     assert torch.equal(rounded, rounded.bfloat16().float())
-    torch.testing.assert_close(rounded.view(3, -1).double().mean(1), x.view(3, -1)[:, 0].double(), atol=0, rtol=3e-5)
+    torch.testing.assert_close(
+        rounded.view(3, -1).double().mean(1), x.view(3, -1)[:, 0].double(), atol=0, rtol=3e-5
+    )
 
 
 def test_second_moment_decays_though_each_step_is_below_bfloat16s_spacing():

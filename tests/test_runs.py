@@ -37,7 +37,15 @@ def test_it_learns_and_the_run_folder_is_complete(flags, tmp_path, capsys):
     summary = summary_of(folder)
     assert summary["win_rate"] > 0.75 and summary["win_rate_interval"][0] > 0.6
     assert summary["kl"] > 0.1 and summary["score_before"] is None and summary["eval_judge_win_rate"] is None
-    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "checkpoint/state.pt", "model/README.md"):
+    for name in (
+        "args.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "summary.json",
+        "curves.png",
+        "checkpoint/state.pt",
+        "model/README.md",
+    ):
         assert (folder / name).exists(), name
     assert list(folder.glob("events.*"))
     saved = json.loads((folder / "args.json").read_text())
@@ -50,7 +58,10 @@ def test_it_learns_and_the_run_folder_is_complete(flags, tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "good cat"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "good cat"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
     assert "win rate" in capsys.readouterr().out
@@ -74,12 +85,18 @@ def test_alpha_zero_has_the_metrics_of_a_dpo_run_written_apart(world, flags, tmp
     # The same prompts and samples; everything after them written anew, with transformers and torch alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "model").requires_grad_(True)
     tokenizer = common.load_tokenizer(f"{world}/model")
-    rows, prompts = common.encode_rows(tokenizer, common.load_rows(f"{world}/prompts.jsonl", held_out=16)[0], 64, 40, 7, "prompts")
-    samples = common.sample(model, prompts, [3], completions=2, max_new_tokens=6, seed=common.derive_seed(7, 1, 0))
+    rows, prompts = common.encode_rows(
+        tokenizer, common.load_rows(f"{world}/prompts.jsonl", held_out=16)[0], 64, 40, 7, "prompts"
+    )
+    samples = common.sample(
+        model, prompts, [3], completions=2, max_new_tokens=6, seed=common.derive_seed(7, 1, 0)
+    )
     judge = load_judge(f"{world}/judges.py:more_good")
     pairs = []
     for row, prompt, (a, b) in zip(rows, prompts, samples, strict=True):
-        p = judge.preference([row.prompt], [common.decode(tokenizer, a)], [common.decode(tokenizer, b)]).item()
+        p = judge.preference(
+            [row.prompt], [common.decode(tokenizer, a)], [common.decode(tokenizer, b)]
+        ).item()
         if p != 0.5:
             pairs.append((prompt, a, b) if p > 0.5 else (prompt, b, a))
 
@@ -95,7 +112,12 @@ def test_alpha_zero_has_the_metrics_of_a_dpo_run_written_apart(world, flags, tmp
     batches = [order[i : i + 8] for i in range(0, len(order), 8)]
     assert len(batches) == len(ours) >= 3
     for batch, row in zip(batches, ours, strict=True):
-        policy = torch.stack([torch.stack([logprob(pairs[i][0], pairs[i][1]), logprob(pairs[i][0], pairs[i][2])]) for i in batch])
+        policy = torch.stack(
+            [
+                torch.stack([logprob(pairs[i][0], pairs[i][1]), logprob(pairs[i][0], pairs[i][2])])
+                for i in batch
+            ]
+        )
         rewards = 0.2 * (policy - torch.tensor([reference[i] for i in batch]))
         margin = rewards[:, 0] - rewards[:, 1]
         loss = -torch.nn.functional.logsigmoid(margin).mean()
@@ -119,7 +141,14 @@ def test_alpha_zero_has_the_metrics_of_a_dpo_run_written_apart(world, flags, tmp
 
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path):
     """kill -9 in the middle, somewhere in iteration 2; then --resume."""
-    flags += ["--iterations=3", "--num-prompts=48", "--learning-rate=0.003", "--epochs=3", "--save-every=4", "--alpha=0.1"]
+    flags += [
+        "--iterations=3",
+        "--num-prompts=48",
+        "--learning-rate=0.003",
+        "--epochs=3",
+        "--save-every=4",
+        "--alpha=0.1",
+    ]
     resumed_equals_uninterrupted(selm, flags, tmp_path)
 
 
@@ -165,7 +194,9 @@ def test_own_answer_in_a_pair_costs_no_forward_pass(world, flags, monkeypatch, t
         monkeypatch.setattr(
             common,
             "completion_logprobs",
-            lambda model, batch, *a, **k: count.append(batch.input_ids.numel()) or original(model, batch, *a, **k),
+            lambda model, batch, *a, **k: (
+                count.append(batch.input_ids.numel()) or original(model, batch, *a, **k)
+            ),
         )
         start(
             *flags,
@@ -185,10 +216,25 @@ def test_own_answer_in_a_pair_costs_no_forward_pass(world, flags, monkeypatch, t
 
 
 def test_xpo_and_lora_and_plain_text(world, flags, tmp_path):
-    start(*flags, "--run-name=xpo", "--exploration=xpo", "--samples-per-prompt=1", "--max-steps=3", "--alpha=0.01", "--save-every=2")
+    start(
+        *flags,
+        "--run-name=xpo",
+        "--exploration=xpo",
+        "--samples-per-prompt=1",
+        "--max-steps=3",
+        "--alpha=0.01",
+        "--save-every=2",
+    )
     assert len(metrics_of(tmp_path / "xpo")) == 3
     flags = [f"--model={world}/plain" if f.startswith("--model") else f for f in flags]
-    start(*flags, "--run-name=lora", "--lora-rank=4", "--max-steps=3", "--num-prompts=48", "--learning-rate=0.01")
+    start(
+        *flags,
+        "--run-name=lora",
+        "--lora-rank=4",
+        "--max-steps=3",
+        "--num-prompts=48",
+        "--learning-rate=0.01",
+    )
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "model").state_dict()
     before = transformers.AutoModelForCausalLM.from_pretrained(world / "plain").state_dict()
     assert set(merged) == set(before) and any((merged[k] != before[k]).any() for k in merged)
@@ -206,7 +252,11 @@ def test_nan_loss_stops_with_step_and_rows(world, flags, tmp_path, capsys, monke
     with pytest.raises(SystemExit) as stop:
         start(*flags, "--run-name=x", "--save-every=2", "--num-prompts=60", "--iterations=1", "--alpha=0")
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and "step 4: the loss is nan. Rows of this batch: prompts.jsonl:" in message and "Traceback" not in message
+    assert (
+        stop.value.code == 2
+        and "step 4: the loss is nan. Rows of this batch: prompts.jsonl:" in message
+        and "Traceback" not in message
+    )
     assert torch.load(tmp_path / "x/checkpoint/state.pt", weights_only=True)["step"] == 2
 
 
@@ -214,7 +264,10 @@ BAD = [
     (["--model=smolm2-135m"], "Did you mean smollm2-135m"),
     (["--model=no/such-model-at-all"], "could not be loaded from the hub|no such repository"),
     (["--judge=sentimant"], "Did you mean sentiment"),
-    (["--judge=pairrm"], "--judge llm-blender/PairRM-hf: could not be loaded from the hub .*or --judge sentiment"),
+    (
+        ["--judge=pairrm"],
+        "--judge llm-blender/PairRM-hf: could not be loaded from the hub .*or --judge sentiment",
+    ),
     (["--dataset=nowhere.jsonl"], "no such file"),
     (["--beta=-1"], "--beta must be above 0, got -1"),
     (["--alpha=-1"], "--alpha must not be negative"),
@@ -246,15 +299,23 @@ def test_the_papers_recipes_reach_for_its_judge(recipe, capsys):
     with pytest.raises(SystemExit) as stop:
         start(f"--model={recipe}", "--device=cpu")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--judge llm-blender/PairRM-hf: could not be loaded from the hub" in error, error
+    assert (
+        stop.value.code == 2 and "--judge llm-blender/PairRM-hf: could not be loaded from the hub" in error
+    ), error
     assert "Traceback" not in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     "raised,message",
     [
-        ("You are trying to access a gated repo.\nMake sure to have access", "gated. Accept its licence on its page, then set HF_TOKEN"),
-        ("org/x is not a local folder and is not a valid model identifier listed on the hub", "no such repository on the hub"),
+        (
+            "You are trying to access a gated repo.\nMake sure to have access",
+            "gated. Accept its licence on its page, then set HF_TOKEN",
+        ),
+        (
+            "org/x is not a local folder and is not a valid model identifier listed on the hub",
+            "no such repository on the hub",
+        ),
         (
             "We couldn't connect to the hub\nCheck your connection",
             "could not be loaded from the hub .*local folder, or --model smollm2-135m",

@@ -35,7 +35,10 @@ def replay(model, prompt, uniforms, steps, temperature=1.0, mixture=None):
         probs = logprobs.exp()
         token = first_above(probs, uniforms[t, 0])
         if mixture:
-            target = ((1 - mixture[1]) * logprobs + mixture[1] * next_logprobs(mixture[0], prompt + reply, temperature)).softmax(-1)
+            target = (
+                (1 - mixture[1]) * logprobs
+                + mixture[1] * next_logprobs(mixture[0], prompt + reply, temperature)
+            ).softmax(-1)
             if uniforms[t, 1] >= target[token] / probs[token]:
                 token = first_above((target - probs).clamp(min=0), uniforms[t, 2])
         reply.append(token)
@@ -59,8 +62,15 @@ def test_redrawn_tokens_have_the_target_distribution_and_differ_as_rarely_as_can
     token = decoding.accept_or_redraw(*given)
     assert torch.equal(token, decoding.accept_or_redraw(*given, waits=False))
     assert torch.bincount(token, minlength=8) / n == pytest.approx(target, abs=5e-3)
-    assert (token != draft).double().mean() == pytest.approx(float((source - target).abs().sum() / 2), abs=5e-3)
-    assert torch.equal(decoding.accept_or_redraw(draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)), draft)
+    assert (token != draft).double().mean() == pytest.approx(
+        float((source - target).abs().sum() / 2), abs=5e-3
+    )
+    assert torch.equal(
+        decoding.accept_or_redraw(
+            draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)
+        ),
+        draft,
+    )
 
 
 @pytest.mark.parametrize("mixture", [None, 0.125, 0.6])
@@ -79,14 +89,16 @@ def test_greedy_is_deterministic_and_equals_transformers(models):
     replies = common.sample(policy, PROMPTS, [END], max_new_tokens=8, temperature=0, seed=0)
     assert replies == common.sample(policy, PROMPTS, [END], max_new_tokens=8, temperature=0, seed=99)
     for prompt, (reply,) in zip(PROMPTS, replies, strict=True):
-        expected = policy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=END, pad_token_id=0)[
-            0, len(prompt) :
-        ].tolist()
+        expected = policy.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=END, pad_token_id=0
+        )[0, len(prompt) :].tolist()
         assert reply == expected
 
 
 def test_seeds_reproduce_and_differ(models):
-    draw = lambda seed, rows=64: common.sample(models[0], PROMPTS, [END], completions=4, max_new_tokens=8, seed=seed, max_rows=rows)  # noqa: E731
+    draw = lambda seed, rows=64: common.sample(
+        models[0], PROMPTS, [END], completions=4, max_new_tokens=8, seed=seed, max_rows=rows
+    )  # noqa: E731
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert draw(1) == draw(1, rows=4)  # whatever else is in the batch
@@ -96,17 +108,25 @@ def test_end_of_sequence_closes_a_completion(models):
     replies = common.sample(models[0], PROMPTS * 8, [END, 7], completions=4, max_new_tokens=12, seed=3)
     flat = [reply for group in replies for reply in group]
     assert all(token not in (END, 7) for reply in flat for token in reply[:-1])
-    assert any(reply[-1] in (END, 7) and len(reply) < 12 for reply in flat) and any(len(reply) == 12 for reply in flat)
+    assert any(reply[-1] in (END, 7) and len(reply) < 12 for reply in flat) and any(
+        len(reply) == 12 for reply in flat
+    )
 
 
 def test_samples_of_a_prompt_are_independent(models):
     """Joint frequencies of two samples' first tokens against the product of the exact marginals."""
     n = 4000
-    replies = common.sample(models[0], [PROMPTS[0]] * n, [END], completions=2, max_new_tokens=1, seed=0, max_rows=8000)
+    replies = common.sample(
+        models[0], [PROMPTS[0]] * n, [END], completions=2, max_new_tokens=1, seed=0, max_rows=8000
+    )
     first, second = (torch.tensor([group[k][0] for group in replies]) for k in (0, 1))
     exact = next_logprobs(models[0], PROMPTS[0]).exp()
-    joint = torch.zeros(V, V, dtype=torch.float64).index_put_((first, second), torch.tensor(1.0 / n, dtype=torch.float64), accumulate=True)
-    assert (joint - exact[:, None] * exact).abs().sum() < 0.28  # sampling noise alone gives about 0.2; equal samples about 1.9
+    joint = torch.zeros(V, V, dtype=torch.float64).index_put_(
+        (first, second), torch.tensor(1.0 / n, dtype=torch.float64), accumulate=True
+    )
+    assert (
+        joint - exact[:, None] * exact
+    ).abs().sum() < 0.28  # sampling noise alone gives about 0.2; equal samples about 1.9
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -114,10 +134,14 @@ def test_mixture_distribution_against_enumeration(models, beta):
     """All two-token replies: the per-token geometric mixture's probabilities against frequencies."""
     policy, reference = models
     n, prompt = 6000, PROMPTS[0]
-    replies = common.sample(policy, [prompt] * n, [END], max_new_tokens=2, seed=0, mixture=(reference, beta), max_rows=6000)
+    replies = common.sample(
+        policy, [prompt] * n, [END], max_new_tokens=2, seed=0, mixture=(reference, beta), max_rows=6000
+    )
 
     def mixed(prefix):
-        return ((1 - beta) * next_logprobs(policy, prefix) + beta * next_logprobs(reference, prefix)).softmax(-1)
+        return ((1 - beta) * next_logprobs(policy, prefix) + beta * next_logprobs(reference, prefix)).softmax(
+            -1
+        )
 
     exact, first = {}, mixed(prompt)
     for a in range(V):
@@ -129,7 +153,9 @@ def test_mixture_distribution_against_enumeration(models, beta):
     count = {}
     for (reply,) in replies:
         count[tuple(reply)] = count.get(tuple(reply), 0) + 1 / n
-    noise = sum((2 * p / (3.1416 * n)) ** 0.5 for p in exact.values())  # expected total deviation of n exact draws
+    noise = sum(
+        (2 * p / (3.1416 * n)) ** 0.5 for p in exact.values()
+    )  # expected total deviation of n exact draws
     assert sum(abs(count.get(reply, 0) - p) for reply, p in exact.items()) < 1.15 * noise
 
 
@@ -143,7 +169,9 @@ def test_beta_zero_never_runs_the_reference_and_beta_one_never_the_policy(models
 
 def test_temperature_and_top_p(models):
     n = 3000
-    replies = common.sample(models[0], [PROMPTS[0]] * n, [END], max_new_tokens=1, temperature=0.5, top_p=0.7, seed=0, max_rows=n)
+    replies = common.sample(
+        models[0], [PROMPTS[0]] * n, [END], max_new_tokens=1, temperature=0.5, top_p=0.7, seed=0, max_rows=n
+    )
     probs = next_logprobs(models[0], PROMPTS[0], temperature=0.5).exp()
     ordered, index = probs.sort(descending=True)
     kept = index[: int((ordered.cumsum(0) < 0.7).sum()) + 1]
@@ -156,6 +184,8 @@ def test_temperature_and_top_p(models):
 
 def test_stats_and_agreement(models):
     stats = {}
-    replies = common.sample(models[0], PROMPTS, [END], max_new_tokens=6, seed=4, mixture=(models[0], 0.5), stats=stats)
+    replies = common.sample(
+        models[0], PROMPTS, [END], max_new_tokens=6, seed=4, mixture=(models[0], 0.5), stats=stats
+    )
     assert stats["tokens"] == sum(len(r) for g in replies for r in g)
     assert stats["agreement"] == 1.0  # the same model twice

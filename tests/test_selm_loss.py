@@ -7,7 +7,14 @@ import torch
 
 from selm import rank, selm_loss
 
-NAMES = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "policy_self", "reference_self")
+NAMES = (
+    "policy_chosen",
+    "policy_rejected",
+    "reference_chosen",
+    "reference_rejected",
+    "policy_self",
+    "reference_self",
+)
 
 
 def batch(size=5, seed=0):
@@ -32,7 +39,9 @@ def test_against_the_formula(beta, alpha):
 
 def test_gradient_against_finite_differences():
     x = {name: value.requires_grad_(name.startswith("policy")) for name, value in batch().items()}
-    assert torch.autograd.gradcheck(lambda *values: selm_loss(*values, beta=0.3, alpha=0.2), tuple(x[name] for name in NAMES))
+    assert torch.autograd.gradcheck(
+        lambda *values: selm_loss(*values, beta=0.3, alpha=0.2), tuple(x[name] for name in NAMES)
+    )
 
 
 def test_exploration_lowers_what_the_reference_says():
@@ -57,7 +66,9 @@ def test_xpo_through_selm_loss():
     """XPO's + α Σ log π(y_s), no β and no reference: alpha / beta, and a reference_self of 0."""
     x = batch() | {"reference_self": torch.zeros(5, dtype=torch.float64)}
     ours = selm_loss(**x, beta=0.1, alpha=0.7 / 0.1)
-    assert ours.item() == pytest.approx((selm_loss(**x, beta=0.1, alpha=0.0) + 0.7 * x["policy_self"].mean()).item(), rel=1e-12)
+    assert ours.item() == pytest.approx(
+        (selm_loss(**x, beta=0.1, alpha=0.0) + 0.7 * x["policy_self"].mean()).item(), rel=1e-12
+    )
 
 
 def test_rank_by_mean_preference():

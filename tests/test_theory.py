@@ -48,7 +48,9 @@ def cosine(a, b):
 
 
 def random_policy(n, seed):
-    return torch.softmax(torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 0)
+    return torch.softmax(
+        torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 0
+    )
 
 
 # --- 1. the IPO loss is a squared distance -----------------------------------------------------
@@ -59,29 +61,50 @@ def test_ipo_is_a_squared_distance_to_the_scaled_preference(tau):
     h, p = (
         x.flatten()
         for x in torch.meshgrid(
-            torch.linspace(-8, 8, 33, dtype=torch.float64), torch.linspace(0, 1, 11, dtype=torch.float64), indexing="ij"
+            torch.linspace(-8, 8, 33, dtype=torch.float64),
+            torch.linspace(0, 1, 11, dtype=torch.float64),
+            indexing="ij",
         )
     )
     zero = torch.zeros_like(h)
     expected = ((h - (p - 0.5) / tau) ** 2 + (1 - (2 * p - 1) ** 2) / (4 * tau**2)).mean()
     # h enters through one of the four log-probs, so that each sign is seen.
-    for arguments in ((h, zero, zero, zero), (zero, -h, zero, zero), (zero, zero, -h, zero), (zero, zero, zero, h)):
+    for arguments in (
+        (h, zero, zero, zero),
+        (zero, -h, zero, zero),
+        (zero, zero, -h, zero),
+        (zero, zero, zero, h),
+    ):
         torch.testing.assert_close(preference_loss(*arguments, p, tau), expected, rtol=1e-12, atol=0)
         for i in range(0, len(h), 7):  # and for every pair alone, not only on average
             alone = preference_loss(*(x[i : i + 1] for x in (*arguments, p)), tau)
             torch.testing.assert_close(
-                alone, (h[i] - (p[i] - 0.5) / tau) ** 2 + (1 - (2 * p[i] - 1) ** 2) / (4 * tau**2), rtol=1e-12, atol=1e-12
+                alone,
+                (h[i] - (p[i] - 0.5) / tau) ** 2 + (1 - (2 * p[i] - 1) ** 2) / (4 * tau**2),
+                rtol=1e-12,
+                atol=1e-12,
             )
 
 
 def test_the_siblings_aim_at_other_log_ratios():
     p, tau, zero = 0.7, 0.25, torch.zeros(1, dtype=torch.float64)
-    for kind, s in (("ipo", p - 0.5), ("dpo", torch.logit(torch.tensor(p, dtype=torch.float64)).item()), ("slic", 1.0)):
-        around = [preference_loss(zero + x / tau, zero, zero, zero, zero + p, tau, kind) for x in (s - 0.01, s, s + 0.01)]
+    for kind, s in (
+        ("ipo", p - 0.5),
+        ("dpo", torch.logit(torch.tensor(p, dtype=torch.float64)).item()),
+        ("slic", 1.0),
+    ):
+        around = [
+            preference_loss(zero + x / tau, zero, zero, zero, zero + p, tau, kind)
+            for x in (s - 0.01, s, s + 0.01)
+        ]
         assert around[1] < min(around[0], around[2])
         if kind == "ipo":
             continue
-        by_hand = torch.nn.functional.softplus(torch.tensor([-s, s], dtype=torch.float64)) if kind == "dpo" else vector(1 - s, 1 + s)
+        by_hand = (
+            torch.nn.functional.softplus(torch.tensor([-s, s], dtype=torch.float64))
+            if kind == "dpo"
+            else vector(1 - s, 1 + s)
+        )
         assert_close(around[1], p * by_hand[0] + (1 - p) * by_hand[1], 1e-12)
 
 
@@ -142,7 +165,9 @@ def test_gradient_descent_on_online_ipo_reaches_the_nash(name):
     preference, reference, tau, step_size = GAMES[name]
     nash = theory.regularised_nash(preference, reference, tau)
     for start in (reference, random_policy(len(nash), 7)):
-        path = theory.descend(theory.online_preference_loss(preference, reference, tau), start.log(), step_size, 600)
+        path = theory.descend(
+            theory.online_preference_loss(preference, reference, tau), start.log(), step_size, 600
+        )
         assert (path[0].softmax(-1) - nash).abs().max() > 0.05
         assert_close(path[-1].softmax(-1), nash, 1e-6)
 
@@ -153,7 +178,11 @@ def test_the_step_has_to_be_small_because_the_field_turns():
     # Not the gradient of any function: a Hessian would be symmetric, this Jacobian is not.
     logits = nash.log()
     jacobian = torch.stack(
-        [(gradient(loss, logits + 1e-5 * e) - gradient(loss, logits - 1e-5 * e)) / 2e-5 for e in torch.eye(3, dtype=torch.float64)], 1
+        [
+            (gradient(loss, logits + 1e-5 * e) - gradient(loss, logits - 1e-5 * e)) / 2e-5
+            for e in torch.eye(3, dtype=torch.float64)
+        ],
+        1,
     )
     assert (jacobian - jacobian.T).abs().max() > 0.5
     assert torch.linalg.eigvals(jacobian).imag.abs().max() > 0.5
@@ -191,7 +220,10 @@ def test_offline_ipo_forgets_its_data_only_if_preferences_are_differences_of_uti
     utilities = vector(0.0, 0.1, 0.3, 0.15, 0.4)
     linear = 0.5 + utilities[:, None] - utilities[None, :]
     for game, same in ((linear, True), (theory.bradley_terry(4 * utilities), False)):
-        one, other = (theory.offline_ipo_optimum(game, random_policy(5, 0), random_policy(5, seed), TAU) for seed in (1, 2))
+        one, other = (
+            theory.offline_ipo_optimum(game, random_policy(5, 0), random_policy(5, seed), TAU)
+            for seed in (1, 2)
+        )
         for data, optimum in ((1, one), (2, other)):
             loss = theory.offline_preference_loss(game, random_policy(5, 0), random_policy(5, data), TAU)
             assert gradient(loss, optimum.log()).norm() < 1e-9
@@ -206,12 +238,17 @@ def test_online_dpo_is_not_stationary_at_the_nash(name):
     preference, reference, tau, _ = GAMES[name]
     nash = theory.regularised_nash(preference, reference, tau)
     # DPO's gradient carries a factor τ that IPO's does not.
-    assert gradient(theory.online_preference_loss(preference, reference, tau, "dpo"), nash.log()).norm() / tau > 1e-2
+    assert (
+        gradient(theory.online_preference_loss(preference, reference, tau, "dpo"), nash.log()).norm() / tau
+        > 1e-2
+    )
 
 
 def test_a_symmetric_cycle_with_a_uniform_reference_is_an_exception():
     for game in (RPS, theory.dice_game()):
-        assert gradient(theory.online_preference_loss(game, UNIFORM, TAU, "dpo"), UNIFORM.log()).norm() < 1e-12
+        assert (
+            gradient(theory.online_preference_loss(game, UNIFORM, TAU, "dpo"), UNIFORM.log()).norm() < 1e-12
+        )
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
@@ -239,14 +276,22 @@ def test_under_bradley_terry_online_dpo_rests_at_the_rlhf_solution_and_online_ip
         game = theory.bradley_terry(rewards)
         for tau in (0.3, 1.0):
             solution = theory.rlhf_optimum(rewards, reference, tau)
-            assert gradient(theory.online_preference_loss(game, reference, tau, "dpo"), solution.log()).norm() < 1e-12
-            assert gradient(theory.online_preference_loss(game, reference, tau, "ipo"), solution.log()).norm() > 1e-2
+            assert (
+                gradient(theory.online_preference_loss(game, reference, tau, "dpo"), solution.log()).norm()
+                < 1e-12
+            )
+            assert (
+                gradient(theory.online_preference_loss(game, reference, tau, "ipo"), solution.log()).norm()
+                > 1e-2
+            )
 
 
 def test_near_one_half_online_dpo_at_four_tau_comes_close_to_the_nash_at_tau():
     game, nash = theory.dice_game(), theory.regularised_nash(theory.dice_game(), MU, TAU)
     same, four = (
-        theory.descend(theory.online_preference_loss(game, MU, tau, "dpo"), MU.log(), 2 / tau, 600)[-1].softmax(-1)
+        theory.descend(theory.online_preference_loss(game, MU, tau, "dpo"), MU.log(), 2 / tau, 600)[
+            -1
+        ].softmax(-1)
         for tau in (TAU, 4 * TAU)
     )
     assert (same - nash).abs().max() > 0.1
@@ -260,16 +305,24 @@ def test_near_one_half_online_dpo_at_four_tau_comes_close_to_the_nash_at_tau():
 @pytest.mark.parametrize("name", GAMES)
 def test_bernoulli_labels_are_unbiased(name, kind):
     preference, reference, tau, _ = GAMES[name]
-    soft, bernoulli = (theory.online_preference_loss(preference, reference, tau, kind, labels) for labels in ("soft", "bernoulli"))
+    soft, bernoulli = (
+        theory.online_preference_loss(preference, reference, tau, kind, labels)
+        for labels in ("soft", "bernoulli")
+    )
     for seed in range(5):
         logits = 3 * random_policy(len(reference), seed).log()
         torch.testing.assert_close(bernoulli(logits), soft(logits), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient(bernoulli, logits), gradient(soft, logits), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            gradient(bernoulli, logits), gradient(soft, logits), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_argmax_labels_solve_another_game_on_the_dice():
     dice = theory.dice_game()
-    soft_nash, argmax_nash = theory.regularised_nash(dice, MU, TAU), theory.regularised_nash(theory.argmax_game(dice), MU, TAU)
+    soft_nash, argmax_nash = (
+        theory.regularised_nash(dice, MU, TAU),
+        theory.regularised_nash(theory.argmax_game(dice), MU, TAU),
+    )
     assert_close(theory.argmax_game(dice), RPS, 0)
     assert (soft_nash - argmax_nash).abs().max() > 0.1
     for labels, mine, other in (("soft", soft_nash, argmax_nash), ("argmax", argmax_nash, soft_nash)):
@@ -285,7 +338,9 @@ def test_argmax_and_soft_labels_agree_where_every_judgement_is_certain_or_a_tie(
     sharp[0, 1] = sharp[1, 0] = 0.5
     for game, reference in ((RPS, MU), (sharp, random_policy(5, 0))):
         logits = random_policy(len(reference), 1).log()
-        soft, argmax = (theory.online_preference_loss(game, reference, TAU, kind, labels) for labels in ("soft", "argmax"))
+        soft, argmax = (
+            theory.online_preference_loss(game, reference, TAU, kind, labels) for labels in ("soft", "argmax")
+        )
         assert_close(gradient(argmax, logits), gradient(soft, logits), 0)
 
 
@@ -301,7 +356,12 @@ def test_ipo_md_on_rock_paper_scissors():
 def test_the_mixture_at_ipo_mds_fixed_point_is_a_nash(name, beta):
     preference, reference, tau, _ = GAMES[name]
     fixed_point = theory.ipo_md_fixed_point(preference, reference, tau, beta)
-    assert gradient(theory.online_preference_loss(preference, reference, tau, beta=beta), fixed_point.log()).norm() < 1e-9
+    assert (
+        gradient(
+            theory.online_preference_loss(preference, reference, tau, beta=beta), fixed_point.log()
+        ).norm()
+        < 1e-9
+    )
     mixture = theory.geometric_mixture(fixed_point, reference, beta)
     assert_close(mixture, theory.regularised_nash(preference, reference, tau / (1 - beta)), 1e-10)
     nash = theory.regularised_nash(preference, reference, tau)
@@ -311,7 +371,9 @@ def test_the_mixture_at_ipo_mds_fixed_point_is_a_nash(name, beta):
 @pytest.mark.parametrize("name", GAMES)
 def test_gradient_descent_on_ipo_md_reaches_its_fixed_point(name):
     preference, reference, tau, step_size = GAMES[name]
-    path = theory.descend(theory.online_preference_loss(preference, reference, tau, beta=BETA), reference.log(), step_size, 600)
+    path = theory.descend(
+        theory.online_preference_loss(preference, reference, tau, beta=BETA), reference.log(), step_size, 600
+    )
     assert_close(path[-1].softmax(-1), theory.ipo_md_fixed_point(preference, reference, tau, BETA), 1e-6)
 
 
@@ -324,7 +386,10 @@ def test_mixing_tokens_is_not_mixing_sequences(completions):
     # They disagree about what follows token 1: mixed sequence by sequence, that prefix loses weight; token by token, nothing tells the first token.
     policy[completions.prefixes.index((1,)), :2] = vector(2, -2)
     reference[completions.prefixes.index((1,)), :2] = vector(-2, 2)
-    sequence_policy, sequence_reference = completions.logprobs(policy).exp(), completions.logprobs(reference).exp()
+    sequence_policy, sequence_reference = (
+        completions.logprobs(policy).exp(),
+        completions.logprobs(reference).exp(),
+    )
     for beta in (0.0, 0.125, 0.5, 0.875, 1.0):
         per_token = theory.per_token_mixture(completions, policy, reference, beta)
         per_sequence = theory.geometric_mixture(sequence_policy, sequence_reference, beta)
@@ -337,7 +402,9 @@ def test_mixed_token_by_token_a_disagreement_about_the_second_token_costs_its_pr
     completions, policy, reference = theory.disagreeing_policies()
     begins_with_b = torch.tensor([y[0] == 1 for y in completions.tokens])
     per_token = theory.per_token_mixture(completions, policy, reference, 0.5)
-    per_sequence = theory.geometric_mixture(completions.logprobs(policy).exp(), completions.logprobs(reference).exp(), 0.5)
+    per_sequence = theory.geometric_mixture(
+        completions.logprobs(policy).exp(), completions.logprobs(reference).exp(), 0.5
+    )
     overlap = 2 * (0.95 * 0.05) ** 0.5  # Σ_v √(π(v|b) μ(v|b)), e^C(b) in the page's words
     assert_close(per_token[begins_with_b].sum().item(), 0.5, 1e-12)
     assert_close(per_sequence[begins_with_b].sum().item(), overlap / (1 + overlap), 1e-12)
@@ -347,7 +414,9 @@ def test_they_agree_on_completions_of_one_token():
     policy, reference = one_token(5).random_logits(0), one_token(5).random_logits(1)
     for beta in (0.0, 0.125, 0.5, 0.875, 1.0):
         per_token = theory.per_token_mixture(one_token(5), policy, reference, beta)
-        assert_close(per_token, theory.geometric_mixture(policy.softmax(-1)[0], reference.softmax(-1)[0], beta), 1e-12)
+        assert_close(
+            per_token, theory.geometric_mixture(policy.softmax(-1)[0], reference.softmax(-1)[0], beta), 1e-12
+        )
 
 
 # --- 9. Nash-MD-PG -----------------------------------------------------------------------------
@@ -363,11 +432,17 @@ def test_expected_policy_gradient_is_the_gradient_of_the_regularised_preference(
     for seed in range(3):
         logits = completions.random_logits(seed)
         policy = completions.logprobs(logits).exp()
-        other = theory.geometric_mixture(policy, reference, {"self": 0.0, "mixture": BETA, "reference": 1.0}[opponent])
+        other = theory.geometric_mixture(
+            policy, reference, {"self": 0.0, "mixture": BETA, "reference": 1.0}[opponent]
+        )
         arguments = (reference_logits, other, preference, tau)
         # functools.partial cannot fill the middle of a signature.
-        ascent = -gradient(lambda x, a=arguments, c=completions: theory.expected_nash_md_loss(c, x, *a), logits)
-        differentiated = gradient(lambda x, a=arguments, c=completions: theory.nash_md_objective(c, x, *a), logits)
+        ascent = -gradient(
+            lambda x, a=arguments, c=completions: theory.expected_nash_md_loss(c, x, *a), logits
+        )
+        differentiated = gradient(
+            lambda x, a=arguments, c=completions: theory.nash_md_objective(c, x, *a), logits
+        )
         assert ascent.norm() > 1e-2
         assert_close(ascent, theory.nash_md_gradient(completions, logits, *arguments), 1e-12)
         assert_close(ascent, differentiated, 1e-12)
@@ -378,7 +453,10 @@ def test_expected_policy_gradient_is_the_gradient_of_the_regularised_preference(
 def test_self_play_reaches_the_nash_and_the_mixture_opponent_its_biased_fixed_point(name, tokens):
     preference, reference, tau, _ = GAMES[name]
     completions = one_token(len(reference)) if tokens == 1 else RAGGED[len(reference)]
-    nash, biased = theory.regularised_nash(preference, reference, tau), theory.ipo_md_fixed_point(preference, reference, tau, BETA)
+    nash, biased = (
+        theory.regularised_nash(preference, reference, tau),
+        theory.ipo_md_fixed_point(preference, reference, tau, BETA),
+    )
     reached = []
     for beta in (0.0, BETA):
         loss = theory.online_nash_md_loss(completions, preference, reference, tau, beta)
@@ -401,7 +479,12 @@ def test_with_two_tokens_a_per_token_mixture_opponent_has_another_fixed_point():
     per_sequence = theory.geometric_mixture(fixed_point, reference, BETA)
     per_token = theory.per_token_mixture(completions, logits, reference_logits, BETA)
     at_sequence, at_token = (
-        gradient(lambda x, o=opponent: theory.expected_nash_md_loss(completions, x, reference_logits, o, preference, tau), logits).norm()
+        gradient(
+            lambda x, o=opponent: theory.expected_nash_md_loss(
+                completions, x, reference_logits, o, preference, tau
+            ),
+            logits,
+        ).norm()
         for opponent in (per_sequence, per_token)
     )
     assert at_sequence < 1e-12
@@ -413,14 +496,24 @@ def test_with_two_tokens_a_per_token_mixture_opponent_has_another_fixed_point():
 
 @pytest.mark.parametrize("completions", [two_tokens(3), RAGGED[5]], ids=["two tokens", "ragged"])
 def test_only_reward_to_go_gives_the_gradient_of_the_kl(completions):
-    tie = torch.full((len(completions.tokens),) * 2, 0.5, dtype=torch.float64)  # no preference: the KL part alone is left
+    tie = torch.full(
+        (len(completions.tokens),) * 2, 0.5, dtype=torch.float64
+    )  # no preference: the KL part alone is left
     worst = 1.0
     for seed in range(10):
         logits, reference_logits = completions.random_logits(seed), completions.random_logits(100 + seed)
         opponent = completions.logprobs(reference_logits).exp()
-        exact = gradient(lambda x, a=(reference_logits, opponent, tie, TAU): theory.nash_md_objective(completions, x, *a), logits)
+        exact = gradient(
+            lambda x, a=(reference_logits, opponent, tie, TAU): theory.nash_md_objective(completions, x, *a),
+            logits,
+        )
         to_go, own = (
-            -gradient(lambda x, a=(reference_logits, opponent, tie, TAU, loss): theory.expected_nash_md_loss(completions, x, *a), logits)
+            -gradient(
+                lambda x, a=(reference_logits, opponent, tie, TAU, loss): theory.expected_nash_md_loss(
+                    completions, x, *a
+                ),
+                logits,
+            )
             for loss in (nash_md_loss, theory.own_token_loss)
         )
         assert_close(to_go, exact, 1e-12)
@@ -455,7 +548,9 @@ def test_each_tokens_coefficient_is_its_advantage_minus_the_kl_still_to_come():
             for n in range(4):
                 to_go = sum((policy[i, m] - reference[i, m]) * mask[i, m] for m in range(n, 4))
                 coefficient = mask[i, n] * (preference[i] - base[i] - 0.3 * to_go)
-                assert_close(-3 * from_policy[i, n], coefficient.detach(), 1e-12)  # the loss is a mean over 3 rows
+                assert_close(
+                    -3 * from_policy[i, n], coefficient.detach(), 1e-12
+                )  # the loss is a mean over 3 rows
         # The reference enters through the KL coefficient alone, so a gradient there would be one through the coefficient.
         assert from_reference is None or not from_reference.any()
 

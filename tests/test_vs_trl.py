@@ -24,8 +24,14 @@ def test_our_side_samples_every_token_and_changes_the_policy(world, monkeypatch,
     monkeypatch.setattr(common, "load_rows", lambda *_, **__: (rows, []))
     optimisers = []
     made = optimization.make_optimiser
-    monkeypatch.setattr(optimization, "make_optimiser", lambda *args, **kwargs: optimisers.append(made(*args, **kwargs)) or optimisers[0])
-    settings = dict(algorithm=algorithm, model=f"{world}/model", batch_size=4, new_tokens=12, micro_batch_tokens=0)
+    monkeypatch.setattr(
+        optimization,
+        "make_optimiser",
+        lambda *args, **kwargs: optimisers.append(made(*args, **kwargs)) or optimisers[0],
+    )
+    settings = dict(
+        algorithm=algorithm, model=f"{world}/model", batch_size=4, new_tokens=12, micro_batch_tokens=0
+    )
     requests = [json.dumps({"new_tokens": n, "batch": i, "seed": 0}) for i, n in enumerate((3, 12))]
     side = vs_trl_ours.serve(settings, requests)
     next(side)
@@ -54,4 +60,8 @@ def test_missing_environment_names_the_command_that_makes_it(tmp_path):
 
 def test_a_side_that_dies_is_told_with_its_last_words(tmp_path):
     with pytest.raises(UserError, match="(?s)ours ended with 3.*no such model"):
-        vs_trl.Side("ours", [sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"], tmp_path / "log")
+        vs_trl.Side(
+            "ours",
+            [sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"],
+            tmp_path / "log",
+        )

@@ -14,7 +14,20 @@ CHAT = "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% 
 
 def tokenizer(chat: bool = True, extra: tuple[str, ...] = ()) -> transformers.PreTrainedTokenizerFast:
     """One token a word; `</s>` ends a turn; with `chat`, a chat template."""
-    words = ["<pad>", "<unk>", "<s>", "</s>", ":", "user", "assistant", "system", "Human", "Assistant", *WORDS, *extra]
+    words = [
+        "<pad>",
+        "<unk>",
+        "<s>",
+        "</s>",
+        ":",
+        "user",
+        "assistant",
+        "system",
+        "Human",
+        "Assistant",
+        *WORDS,
+        *extra,
+    ]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = transformers.PreTrainedTokenizerFast(
@@ -55,7 +68,12 @@ def folder(path: Path, chat: bool = True, seed: int = 0, **overrides) -> str:
     return str(path)
 
 
-def pairrm_folder(path: Path, original: bool = False, lengths: tuple[int, int] = (24, 12), dtype: torch.dtype = torch.float32) -> str:
+def pairrm_folder(
+    path: Path,
+    original: bool = False,
+    lengths: tuple[int, int] = (24, 12),
+    dtype: torch.dtype = torch.float32,
+) -> str:
     """PairRM with random weights, in the layout of llm-blender/PairRM-hf or the original's; returns its path.
 
     The tokenizer has one token a word, the normaliser's kind the real one has (NFKC), and the four marks after its vocabulary.
@@ -83,20 +101,39 @@ def pairrm_folder(path: Path, original: bool = False, lengths: tuple[int, int] =
         initializer_range=0.4,
     )
     torch.manual_seed(0)
-    weights = {f"pretrained_model.{key}": tensor for key, tensor in transformers.DebertaV2Model(config).state_dict().items()}
+    weights = {
+        f"pretrained_model.{key}": tensor
+        for key, tensor in transformers.DebertaV2Model(config).state_dict().items()
+    }
     weights |= {"head_layer.1.weight": torch.randn(16, 32) / 4, "head_layer.1.bias": torch.randn(16)}
     weights |= {"head_layer.4.weight": 2 * torch.randn(1, 16), "head_layer.4.bias": torch.randn(1)}
     weights = {key: tensor.to(dtype).contiguous() for key, tensor in weights.items()}
     path.mkdir()
     if original:  # its config describes a ranker and names the base model, whose vocabulary is another
-        transformers.DebertaV2Config.from_dict({**config.to_dict(), "vocab_size": 7}).save_pretrained(path / "base")
-        ranker = {"ranker_type": "pairranker", "model_type": "deberta", "model_name": str(path / "base"), "n_tasks": 1}
+        transformers.DebertaV2Config.from_dict({**config.to_dict(), "vocab_size": 7}).save_pretrained(
+            path / "base"
+        )
+        ranker = {
+            "ranker_type": "pairranker",
+            "model_type": "deberta",
+            "model_name": str(path / "base"),
+            "n_tasks": 1,
+        }
         ranker |= {"source_maxlength": lengths[0], "candidate_maxlength": lengths[1]}
         (path / "config.json").write_text(json.dumps(ranker))
     else:
-        marks = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
+        marks = {
+            "source_prefix_id": "<|source|>",
+            "cand1_prefix_id": "<|candidate1|>",
+            "cand2_prefix_id": "<|candidate2|>",
+        }
         extra = {key: inner.token_to_id(mark) for key, mark in marks.items()}
-        extra |= {"cand_prefix_id": inner.token_to_id("<|candidate|>"), "sep_token_id": 2, "n_tasks": 1, "drop_out": 0.05}
+        extra |= {
+            "cand_prefix_id": inner.token_to_id("<|candidate|>"),
+            "sep_token_id": 2,
+            "n_tasks": 1,
+            "drop_out": 0.05,
+        }
         transformers.DebertaV2Config.from_dict({**config.to_dict(), **extra}).save_pretrained(path)
     inner.save(str(path / "tokenizer.json"))
     safetensors.torch.save_file(weights, path / "model.safetensors")
@@ -112,7 +149,9 @@ def prompts_file(path: Path, rows: int = 80, pairs: bool = False, responses: boo
         if pairs:
             row |= {"chosen": f"good {WORDS[i % 30]}", "rejected": f"bad {WORDS[(i + 5) % 30]}"}
         if responses:
-            row["response"] = " ".join(["good", "sun", "like", "we", "fine", "sea"][(i + j) % 6] for j in range(2 + i % 4))
+            row["response"] = " ".join(
+                ["good", "sun", "like", "we", "fine", "sea"][(i + j) % 6] for j in range(2 + i % 4)
+            )
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
     return str(path)

@@ -6,18 +6,25 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import transformers
 
-import common
-import optimization
-import synthetic
-from common import require
+from cleanalign import models, optimization, synthetic
+from cleanalign.errors import UserError, require
 
 GIB = 2**30
+
+
+@dataclass
+class Holds:
+    """What a script's run keeps beside its policy: it says so itself, by `args.holds()`."""
+
+    reference: bool = True  # a second model, while it trains (with LoRA it is the policy's own weights)
+    average: bool = False  # a moving average of the trained weights
+    completions: int = 1  # of a prompt, side by side in a row of training
 
 
 def prepare(args):
@@ -31,16 +38,19 @@ def prepare(args):
         name is not None,
         f"--dry-run: the sizes of --model {args.model} are not in the code. Known: {', '.join(synthetic.CONFIGS)}; or give a folder with a config.json.",
     )
-    device = common.resolve_device(args.device)
+    device = models.resolve_device(args.device)
     needs = foreseen(args, device)
     free = free_memory(device)
     certain = sum(needs.values()) - needs[ACTIVATIONS]
     if free is not None and certain > free:
-        raise common.UserError(
+        raise UserError(
             f"--dry-run: {args.model} needs {certain / GIB:.1f} GiB without any activations, and {device.type} has {free / GIB:.1f} GiB free.\n"
             f"{table(needs)}\n{advice(args, device)}"
         )
-    print(f"foreseen for {name} on {device.type}, dtype {str(common.resolve_dtype(args.dtype, device))[6:]}:\n{table(needs)}", flush=True)
+    print(
+        f"foreseen for {name} on {device.type}, dtype {str(models.resolve_dtype(args.dtype, device))[6:]}:\n{table(needs)}",
+        flush=True,
+    )
     prompts = args.batch_size
     changed = dict(
         model=synthetic.PREFIX + name,
@@ -65,7 +75,7 @@ def prepare(args):
 def sizes_of(model: str) -> str | None:
     """The name under which `synthetic` knows a `--model` value, or None."""
     model = model.removeprefix(synthetic.PREFIX)
-    name = {hub_id: name for name, hub_id in common.HUB_MODELS.items()}.get(model, model)
+    name = {hub_id: name for name, hub_id in models.HUB_MODELS.items()}.get(model, model)
     return name if synthetic.known(name) else None
 
 
@@ -80,23 +90,22 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     """
     name = sizes_of(args.model)
     config, model = synthetic.config(name), synthetic.meta_model(name)
-    item = common.resolve_dtype(args.dtype, device).itemsize
+    item = models.resolve_dtype(args.dtype, device).itemsize
     weights = sum(p.numel() for p in model.parameters())
     adapter = sum(args.lora_rank * (i + o) for i, o in linear_shapes(model))
     trained = adapter or weights
-    # SELM takes its reference's log-probs before it trains, and with LoRA the reference is the policy without its adapter.
-    second_model = not adapter and getattr(args, "exploration", None) != "selm"
-    averages = getattr(args, "opponent", None) == "ema" and args.objective == "nash"
-    states = optimization.bytes_per_weight(args.optimizer_states, common.resolve_dtype(args.dtype, device))
+    holds = args.holds()
+    states = optimization.bytes_per_weight(args.optimizer_states, models.resolve_dtype(args.dtype, device))
     longest = args.max_prompt_length + args.max_new_tokens
     tokens = max(args.micro_batch_tokens, longest + args.max_new_tokens)
     needs = {
         "policy's weights": weights * item,
         "LoRA adapter": adapter * item,
-        "reference's weights": weights * item * second_model,
+        "reference's weights": weights * item * (holds.reference and not adapter),
         **{f"optimiser: {what}": trained * n for what, n in states.items()},
-        "moving average": trained * (4 + item) * averages,  # and the policy's own weights, set aside while the average plays
-        CACHES: (args.sample_rows or 64) * longest * common.key_value_numbers(config) * item,
+        # and the policy's own weights, set aside while the average plays
+        "moving average": trained * (4 + item) * holds.average,
+        CACHES: (args.sample_rows or 64) * longest * models.key_value_numbers(config) * item,
         ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
     }
     return {what: n for what, n in needs.items() if n}
@@ -117,14 +126,14 @@ def activation_bytes(config, item: int, checkpointing: bool) -> int:
     With checkpointing a layer keeps its input only, and one layer at a time all of it.
     """
     D, layers = config.hidden_size, config.num_hidden_layers
-    one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * common.inner_width(config)
+    one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)
     return layers * item * D + one if checkpointing else layers * one
 
 
 def free_memory(device: torch.device) -> int | None:
     """Free bytes on `device`; None where that cannot be asked."""
     if device.type == "cuda":
-        return common.free_memory(device)
+        return models.free_memory(device)
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -147,15 +156,25 @@ def advice(args, device: torch.device) -> str:
         "--lora-rank": {"lora_rank": args.lora_rank or 32},
     }
     options = {flag: change for flag, change in options.items() if replace(args, **change) != args}
-    words = {flag: flag if True in change.values() else f"{flag} {next(iter(change.values()))}" for flag, change in options.items()}
+    words = {
+        flag: flag if True in change.values() else f"{flag} {next(iter(change.values()))}"
+        for flag, change in options.items()
+    }
     if sizes_of(args.model) is None:
         return "Less memory: " + ", ".join(words.values()) + "."
     now = sum(foreseen(args, device).values())
-    saved = {flag: now - sum(foreseen(replace(args, **change), device).values()) for flag, change in options.items()}
+    saved = {
+        flag: now - sum(foreseen(replace(args, **change), device).values())
+        for flag, change in options.items()
+    }
     ranked = sorted((flag for flag in saved if saved[flag] > 0), key=saved.get, reverse=True)
     if not ranked:
         return "Less memory: a smaller model."
-    return "Less memory, about: " + ", ".join(f"{words[flag]} saves {saved[flag] / GIB:.2f} GiB" for flag in ranked) + "."
+    return (
+        "Less memory, about: "
+        + ", ".join(f"{words[flag]} saves {saved[flag] / GIB:.2f} GiB" for flag in ranked)
+        + "."
+    )
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -178,15 +197,19 @@ def model_flops(policy, tokens: int, scored: int, factor: int) -> int:
     factor: 2 forward; 6 forward and backward; 4 with LoRA, as frozen weights have no gradient. Attention's own products are not counted, and
     recomputation (checkpointing, the projection in backward) is not either.
     """
-    head = common.head(policy)[0]
-    layers = sum(p.numel() for n, p in common.backbone(policy).named_parameters() if p.dim() > 1 and "lora_" not in n)
-    embedding = sum(m.weight.numel() for m in common.backbone(policy).modules() if isinstance(m, torch.nn.Embedding))
+    head = models.head(policy)[0]
+    layers = sum(
+        p.numel() for n, p in models.backbone(policy).named_parameters() if p.dim() > 1 and "lora_" not in n
+    )
+    embedding = sum(
+        m.weight.numel() for m in models.backbone(policy).modules() if isinstance(m, torch.nn.Embedding)
+    )
     return factor * ((layers - embedding) * tokens + head.numel() * scored)
 
 
 def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
     """What a rehearsed step took, by phase: seconds, tokens a second, peak bytes, and the share of the measured matmul peak."""
-    weight = common.head(policy)[0]
+    weight = models.head(policy)[0]
     peak = matmul_peak(weight.device, weight.dtype)
     factors = {"training": 4 if args.lora_rank else 6, "reference": 2}
     for name, phase in phases.items():
@@ -209,12 +232,17 @@ def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
 
 def report_text(result: dict, folder: Path) -> str:
     """`report` as a person reads it."""
-    lines = ["", f"one step of {result['model']} at the greatest lengths (a first step: warm-up of kernels included)"]
+    lines = [
+        "",
+        f"one step of {result['model']} at the greatest lengths (a first step: warm-up of kernels included)",
+    ]
     lines.append(f"  {'phase':<12} {'seconds':>9} {'tokens/s':>10} {'peak memory':>13} {'utilisation':>12}")
     for name, phase in result["phases"].items():
         rate = f"{phase['tokens_per_second']:.0f}" if "tokens_per_second" in phase else "–"
         share = f"{phase['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in phase else "–"
-        lines.append(f"  {name:<12} {phase['seconds']:>9.2f} {rate:>10} {phase['peak_memory_bytes'] / GIB:>9.2f} GiB {share:>12}")
+        lines.append(
+            f"  {name:<12} {phase['seconds']:>9.2f} {rate:>10} {phase['peak_memory_bytes'] / GIB:>9.2f} GiB {share:>12}"
+        )
     lines += [
         f"  matrix products reach {result['matmul_peak_flops_per_second'] / 1e12:.2f} TFLOP/s here. Utilisation: 6 (LoRA: 4; reference: 2) FLOPs for",
         "  each weight and token that meet, attention and recomputation not counted, training with its update, over that peak.",

@@ -14,7 +14,9 @@ import transformers
 
 PREFIX = "random:"  # `--model random:NAME` is what a dry run makes of `--model NAME`
 
-_LLAMA = dict(attention_bias=False, hidden_act="silu", bos_token_id=None, eos_token_id=None, pad_token_id=None)
+_LLAMA = dict(
+    attention_bias=False, hidden_act="silu", bos_token_id=None, eos_token_id=None, pad_token_id=None
+)
 CONFIGS = {  # name: (transformers' config class, published sizes)
     "llama3-8b": (
         "LlamaConfig",
@@ -112,7 +114,14 @@ CONFIGS = {  # name: (transformers' config class, published sizes)
     "gpt2": (
         "GPT2Config",
         dict(
-            vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, bos_token_id=None, eos_token_id=None, pad_token_id=None
+            vocab_size=50257,
+            n_embd=768,
+            n_layer=12,
+            n_head=12,
+            n_positions=1024,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
         ),
     ),
 }
@@ -136,11 +145,15 @@ def config(name: str) -> transformers.PretrainedConfig:
     return made
 
 
-def model(name: str, dtype: torch.dtype, device: torch.device, attention: str, seed: int = 0) -> transformers.PreTrainedModel:
+def model(
+    name: str, dtype: torch.dtype, device: torch.device, attention: str, seed: int = 0
+) -> transformers.PreTrainedModel:
     """A causal language model in the shapes of `name` with random weights, made on `device` in `dtype`: no copy elsewhere, no float32 one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        made = transformers.AutoModelForCausalLM.from_config(config(name), dtype=dtype, attn_implementation=attention)
+        made = transformers.AutoModelForCausalLM.from_config(
+            config(name), dtype=dtype, attn_implementation=attention
+        )
     made.generation_config.eos_token_id = None
     return made
 
@@ -161,7 +174,9 @@ class Tokenizer:
         self.vocabulary = vocabulary
 
     def __call__(self, text: str, add_special_tokens: bool = True):
-        return transformers.BatchEncoding({"input_ids": [int(word[1:]) % self.vocabulary for word in text.split()]})
+        return transformers.BatchEncoding(
+            {"input_ids": [int(word[1:]) % self.vocabulary for word in text.split()]}
+        )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The words of `ids`."""

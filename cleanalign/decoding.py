@@ -17,7 +17,39 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import common
+from cleanalign.errors import UserError, require
+from cleanalign.models import PREFILL_TOKENS, adapter_switch, backbone, head, head_logits
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `n`, and at least 0."""
+    return max(0, -(-n // multiple) * multiple)
+
+
+def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both (G, P), prompts flush right, P a multiple of `multiple`. The padding id is 0: the mask keeps it from mattering."""
+    P = round_up(max(map(len, prompts)), multiple)
+    ids = torch.zeros(len(prompts), P, dtype=torch.long)
+    mask = torch.zeros(len(prompts), P, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, P - len(prompt) :] = torch.tensor(prompt)
+        mask[i, P - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def resolve_decoding(decoding: str, device: torch.device) -> str:
+    """`auto` is `graphs` on CUDA, else `eager`. Raises `UserError` for graphs elsewhere.
+
+    eager launches the step's kernels one by one; graphs captures them once and launches them together; compiled also
+    fuses them with `torch.compile` first, at the price of about a minute of compilation for a large model.
+    """
+    if decoding == "auto":
+        return "graphs" if device.type == "cuda" else "eager"
+    require(
+        decoding == "eager" or device.type == "cuda",
+        f"--decoding {decoding} needs a CUDA device, this is {device.type}. Leave it at auto.",
+    )
+    return decoding
 
 
 def _grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -29,7 +61,9 @@ def _grouped_attention(module, query, key, value, attention_mask, scaling, **kwa
     shared = H // key.shape[1]
     if c > 1:
         attention_mask = attention_mask.repeat(1, 1, shared, 1)  # (R, 1, shared · c, L)
-    out = F.scaled_dot_product_attention(query.reshape(R, -1, shared * c, D), key, value, attn_mask=attention_mask, scale=scaling)
+    out = F.scaled_dot_product_attention(
+        query.reshape(R, -1, shared * c, D), key, value, attn_mask=attention_mask, scale=scaling
+    )
     return out.reshape(R, H, c, -1).transpose(1, 2), None
 
 
@@ -39,7 +73,7 @@ transformers.AttentionInterface.register("grouped", _grouped_attention)
 @contextlib.contextmanager
 def _attention_to_the_cache(model):
     """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores (Gemma-2)."""
-    config = common.backbone(model).config
+    config = backbone(model).config
     own = config._attn_implementation
     if getattr(config, "attn_logit_softcapping", None) is None:
         config._attn_implementation = "grouped"
@@ -66,8 +100,19 @@ class StaticLayer(transformers.cache_utils.DynamicLayer):
         return self.keys, self.values
 
 
-CHECK_EVERY = {"cpu": 1}  # tokens between two looks at which rows finished; elsewhere 16, as each look waits for the device
-LADDER = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)  # batch sizes worth a graph, as shares of the full one
+CHECK_EVERY = {
+    "cpu": 1
+}  # tokens between two looks at which rows finished; elsewhere 16, as each look waits for the device
+LADDER = (
+    1,
+    3 / 4,
+    1 / 2,
+    3 / 8,
+    1 / 4,
+    3 / 16,
+    1 / 8,
+    1 / 16,
+)  # batch sizes worth a graph, as shares of the full one
 
 
 class Decoder:
@@ -78,28 +123,55 @@ class Decoder:
     completion, (K, G), the mixed ones first: a prompt's cache then reaches its rows by broadcasting, and the reference's are the first.
     """
 
-    layer, spare, waits = StaticLayer, 0, False  # kind of cache; places in it beyond prompt and reply; may a step ask the device?
+    layer, spare, waits = (
+        StaticLayer,
+        0,
+        False,
+    )  # kind of cache; places in it beyond prompt and reply; may a step ask the device?
 
     def __init__(self, members, beta, unmixed, G, K, longest_prompt, T, ends, temperature, top_p, decoding):
         self.members, self.beta, self.temperature, self.top_p = members, beta, temperature, top_p
-        device = common.head(members[0])[0].device
-        self.decoding = common.resolve_decoding(decoding, device)
+        device = head(members[0])[0].device
+        self.decoding = resolve_decoding(decoding, device)
         self.check_every = CHECK_EVERY.get(device.type, 16)
-        self.granule = 16 if self.decoding == "eager" else 128  # the cache is read up to a multiple of so many places
+        self.granule = (
+            16 if self.decoding == "eager" else 128
+        )  # the cache is read up to a multiple of so many places
         self.forwards = [
-            torch.compile(common.backbone(m), dynamic=True) if self.decoding == "compiled" else common.backbone(m) for m in members
+            torch.compile(backbone(m), dynamic=True) if self.decoding == "compiled" else backbone(m)
+            for m in members
         ]
-        self.kinds = (K - unmixed, unmixed) if len(members) == 2 else (0, K)  # completions with and without the mixture
+        self.kinds = (
+            (K - unmixed, unmixed) if len(members) == 2 else (0, K)
+        )  # completions with and without the mixture
         self.full = tuple(G * k for k in self.kinds)  # and rows
         self.caches: list = [None for _ in members]  # made by the first prefill, which knows their shapes
-        R, self.L = G * K, common.round_up(longest_prompt + T - 1 + self.spare, self.granule)
+        R, self.L = G * K, round_up(longest_prompt + T - 1 + self.spare, self.granule)
         integers = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
-        self.row, self.token, self.position = integers(R), integers(R), integers(R)  # its output row, last token, that token's position
+        self.row, self.token, self.position = (
+            integers(R),
+            integers(R),
+            integers(R),
+        )  # its output row, last token, that token's position
         self.finished = torch.zeros(R, dtype=torch.bool, device=device)
-        self.mask = torch.zeros(R, 1, 1, self.L, dtype=common.head(members[0])[0].dtype, device=device)  # added to the attention's scores
-        self.by_row = [self.row, self.token, self.position, self.finished, self.mask]  # what moves when rows leave the batch
-        self.place, self.t = integers(1), integers(1)  # where in the cache the next token goes; how many were drawn
-        self.uniforms, self.tokens = torch.zeros(R, T, 2 * len(members) - 1, device=device), integers(R, T)  # by output row
+        self.mask = torch.zeros(
+            R, 1, 1, self.L, dtype=head(members[0])[0].dtype, device=device
+        )  # added to the attention's scores
+        self.by_row = [
+            self.row,
+            self.token,
+            self.position,
+            self.finished,
+            self.mask,
+        ]  # what moves when rows leave the batch
+        self.place, self.t = (
+            integers(1),
+            integers(1),
+        )  # where in the cache the next token goes; how many were drawn
+        self.uniforms, self.tokens = (
+            torch.zeros(R, T, 2 * len(members) - 1, device=device),
+            integers(R, T),
+        )  # by output row
         self.ends = torch.tensor(ends, device=device)
         self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
         self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
@@ -126,7 +198,7 @@ class Decoder:
                 if not any(left):
                     break
                 sizes = self._shrink(sizes, left, P + t)
-            self._advance(sizes, common.round_up(P + t, self.granule))
+            self._advance(sizes, round_up(P + t, self.granule))
 
     def _left(self, sizes) -> tuple[int, int]:
         """How many rows of either kind have not finished; waits for the device."""
@@ -135,18 +207,18 @@ class Decoder:
 
     def _prefill(self, prompts, sizes) -> int:
         """Run each prompt once, copy its cache to its rows, draw the first tokens; returns the padded prompts' length P."""
-        ids, mask = common.left_pad(prompts, self.token.device)  # (G, P)
+        ids, mask = left_pad(prompts, self.token.device)  # (G, P)
         G, P = ids.shape
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         last = []
         for i, member in enumerate(self.members):
             K = sum(sizes) // G if i == 0 else self.kinds[0]
             hidden = []
-            for start in range(0, G, max(1, common.PREFILL_TOKENS // P)):
-                part = slice(start, start + max(1, common.PREFILL_TOKENS // P))
+            for start in range(0, G, max(1, PREFILL_TOKENS // P)):
+                part = slice(start, start + max(1, PREFILL_TOKENS // P))
                 cache = transformers.DynamicCache()
-                with common.adapter_switch(member):
-                    out = common.backbone(member)(
+                with adapter_switch(member):
+                    out = backbone(member)(
                         input_ids=ids[part],
                         attention_mask=mask[part],
                         position_ids=positions[part],
@@ -157,7 +229,10 @@ class Decoder:
                 if self.caches[i] is None:
                     rows = sum(self.full) if i == 0 else self.full[0]
                     shape = lambda x: (rows, x.shape[1], self.L, x.shape[3])  # noqa: B023, E731
-                    layers = [self.layer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place) for old in cache.layers]
+                    layers = [
+                        self.layer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place)
+                        for old in cache.layers
+                    ]
                     self.caches[i] = transformers.Cache(layers=layers)
                 for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
                     for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
@@ -205,10 +280,12 @@ class Decoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise common.UserError(
+            raise UserError(
                 f"this model's decode step cannot be captured as a CUDA graph ({error}). Use --decoding eager."
             ) from error
-        self.pool = graph.pool()  # graphs run one after the other: they share the memory of their intermediate results
+        self.pool = (
+            graph.pool()
+        )  # graphs run one after the other: they share the memory of their intermediate results
         return graph.replay
 
     def _step(self, sizes, length: int) -> None:
@@ -221,7 +298,7 @@ class Decoder:
                 break
             for layer in cache.layers:
                 layer.look_at(n, length)
-            with common.adapter_switch(member), _attention_to_the_cache(member):
+            with adapter_switch(member), _attention_to_the_cache(member):
                 out = forward(
                     input_ids=self.token[:n, None],
                     attention_mask=self.mask[:n, :, :, :length],
@@ -251,7 +328,9 @@ class Decoder:
 
     def _choose(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         """Tokens (R,) from logits (R, V) and uniform numbers (R,)."""
-        return logits.argmax(-1) if self.temperature == 0 else inverse_cdf(nucleus(logits, self.top_p), uniforms)
+        return (
+            logits.argmax(-1) if self.temperature == 0 else inverse_cdf(nucleus(logits, self.top_p), uniforms)
+        )
 
     def _correct(self, token, of_policy, last, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixture's tokens (M,), from the policy's `token` (M,) and logits (M, V), the reference's last hidden states (M, D) and
@@ -268,12 +347,16 @@ class Decoder:
         """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that remain."""
         smaller = left
         if self.decoding != "eager":
-            share = min(s for s in LADDER if all(math.ceil(f * s) >= n for f, n in zip(self.full, left, strict=True)))
+            share = min(
+                s for s in LADDER if all(math.ceil(f * s) >= n for f, n in zip(self.full, left, strict=True))
+            )
             smaller = tuple(min(n, math.ceil(f * share)) for f, n in zip(self.full, sizes, strict=True))
         if sum(smaller) > 0.9 * sum(sizes):  # copying the caches costs; a few idle rows cost less
             return sizes
         M, n = sizes[0], sum(sizes)
-        first = lambda finished, count: finished.byte().argsort(stable=True)[:count]  # unfinished ones, in their order  # noqa: E731
+        first = lambda finished, count: finished.byte().argsort(stable=True)[
+            :count
+        ]  # unfinished ones, in their order  # noqa: E731
         keep = torch.cat([first(self.finished[:M], smaller[0]), M + first(self.finished[M:n], smaller[1])])
         for state in self.by_row:
             state[: len(keep)] = state[keep]
@@ -324,7 +407,9 @@ class DraftingDecoder(Decoder):
             n = sum(sizes)
             sizes = self._shrink(sizes, left, P + int(self.drawn[:n].max()))
             remaining = T - int(self.drawn[: sum(sizes)].masked_fill(self.finished[: sum(sizes)], T).min())
-            certainty = (30 + self.compared) // (1 + self.compared - self.accepted)  # 1 / (1 − a), taken for 30 to begin with
+            certainty = (30 + self.compared) // (
+                1 + self.compared - self.accepted
+            )  # 1 / (1 − a), taken for 30 to begin with
             c = min(LONGEST_DRAFT, remaining, math.isqrt(certainty))
             self._round((sizes[0] if left[0] else 0, sum(sizes)), c, P, T)
 
@@ -332,12 +417,18 @@ class DraftingDecoder(Decoder):
         """Draft up to c tokens of all R rows, of which the first M are mixed, correct those, and keep what stands."""
         M, R = rows
         row, drawn, active = self.row[:R, None], self.drawn[:R, None], ~self.finished[:R, None]
-        uniforms = self.uniforms[row, (drawn + torch.arange(c, device=row.device)).clamp(max=T - 1)]  # (R, c, 3)
+        uniforms = self.uniforms[
+            row, (drawn + torch.arange(c, device=row.device)).clamp(max=T - 1)
+        ]  # (R, c, 3)
         fed, hidden = [self.token[:R]], []
         ended = self.finished[:R]
         for j in range(c):
             hidden.append(self._feed(0, fed[-1][:, None], drawn - 1 + j, P))  # (R, 1, D)
-            fed.append(self._choose(next_logits(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]))
+            fed.append(
+                self._choose(
+                    next_logits(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]
+                )
+            )
             ended = ended | torch.isin(fed[-1], self.ends) | (drawn[:, 0] + j + 1 >= T)
             if ended.all():
                 break
@@ -347,16 +438,24 @@ class DraftingDecoder(Decoder):
         if M:
             of_reference = self._feed(1, torch.stack(fed[:-1], 1)[:M], drawn[:M] - 1 + k, P)  # (M, c, D)
             columns = (draft[:M], torch.cat(hidden, 1)[:M], of_reference, uniforms[:M, :c])
-            parts = zip(*(x.flatten(0, 1).split(max(64, R)) for x in columns), strict=True)  # so many rows' log-probs at once
+            parts = zip(
+                *(x.flatten(0, 1).split(max(64, R)) for x in columns), strict=True
+            )  # so many rows' log-probs at once
             corrected, agree = zip(
-                *(self._correct(x, next_logits(self.members[0], h, self.temperature), other, u) for x, h, other, u in parts), strict=True
+                *(
+                    self._correct(x, next_logits(self.members[0], h, self.temperature), other, u)
+                    for x, h, other, u in parts
+                ),
+                strict=True,
             )
             corrected, agree = torch.cat(corrected).view(M, c), torch.cat(agree).view(M, c)
             right[:M] = corrected == draft[:M]
             draft[:M] = corrected
         before = lambda x: x.cumsum(1) - x.long()  # how many at earlier tokens of the row  # noqa: E731
         ends = torch.isin(draft, self.ends)
-        keep = active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)  # (R, c) a prefix of the row
+        keep = (
+            active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)
+        )  # (R, c) a prefix of the row
         self.tokens[row.expand(R, c)[keep], (drawn + k)[keep]] = draft[keep]
         self.agreement += torch.stack([(agree & keep[:M]).sum(), keep[:M].sum()])
         self.accepted += int((right & keep)[:M].sum())
@@ -369,16 +468,17 @@ class DraftingDecoder(Decoder):
     def _feed(self, i: int, ids: torch.Tensor, t: torch.Tensor, P: int) -> torch.Tensor:
         """Last hidden states (R, c, D) of member i, fed with every row's tokens (R, c) number t (R, c), behind P places of the prompt."""
         R, member = len(ids), self.members[i]
-        places, length = P + t, common.round_up(P + int(t.max()) + 1, self.granule)
+        places, length = P + t, round_up(P + int(t.max()) + 1, self.granule)
         new = torch.arange(length, device=ids.device)
         visible = (new >= P) & (new <= places[:, None, :, None])  # (R, 1, c, L)
         for layer in self.caches[i].layers:
             layer.look_at(R, length, places)
-        with common.adapter_switch(member), _attention_to_the_cache(member):
+        with adapter_switch(member), _attention_to_the_cache(member):
             out = self.forwards[i](
                 input_ids=ids,
                 attention_mask=self.mask[:R, :, :, :length].masked_fill(visible, 0.0),
-                position_ids=self.position[:R, None] + t.clamp(max=self.tokens.shape[1] - 2),  # a draft may go on behind the reply's end
+                position_ids=self.position[:R, None]
+                + t.clamp(max=self.tokens.shape[1] - 2),  # a draft may go on behind the reply's end
                 past_key_values=self.caches[i],
                 use_cache=True,
             )
@@ -387,7 +487,7 @@ class DraftingDecoder(Decoder):
 
 def next_logits(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
     """Next-token logits (R, V), float32, divided by the temperature, of last hidden states (R, D)."""
-    return common.head_logits(hidden, *common.head(model)).float().div_(temperature or 1.0)
+    return head_logits(hidden, *head(model)).float().div_(temperature or 1.0)
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -409,7 +509,12 @@ def inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def accept_or_redraw(
-    draft: torch.Tensor, source: torch.Tensor, target: torch.Tensor, accept: torch.Tensor, redraw: torch.Tensor, waits: bool = True
+    draft: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    accept: torch.Tensor,
+    redraw: torch.Tensor,
+    waits: bool = True,
 ) -> torch.Tensor:
     """Turn draws from one distribution into draws from another that differ as rarely as can be: with probability ½ Σ |target − source|.
 

@@ -30,8 +30,12 @@ class _AdamW:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         # Kept from step to step: allocated amid activations they would break up the heap.
         self.grads = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.weights]
-        self._summed: set[int] = set()  # gradients that hold a part of this step's sum, and not the last step's
-        self._hooks = [p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)]
+        self._summed: set[int] = (
+            set()
+        )  # gradients that hold a part of this step's sum, and not the last step's
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)
+        ]
 
     def _collect(self, i: int) -> Callable:
         def hook(weight):
@@ -71,11 +75,20 @@ class MasterAdamW(_AdamW):
     Memory beyond the model's own weights, per weight: 4 (master, if bfloat16) + 8 (moments) + 4 (gradient) bytes.
     """
 
-    def __init__(self, model, learning_rate: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        model,
+        learning_rate: float = 0.0,
+        betas=(0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
         super().__init__(model)
         self.masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
         fused = self.weights[0].device.type in ("cpu", "cuda")
-        self.inner = torch.optim.AdamW(self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        self.inner = torch.optim.AdamW(
+            self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+        )
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
@@ -130,7 +143,8 @@ class SplitAdamW(_AdamW):
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.steps = 0
         self.low = [
-            torch.zeros_like(p, dtype=torch.int16, requires_grad=False) if p.dtype == torch.bfloat16 else None for p in self.weights
+            torch.zeros_like(p, dtype=torch.int16, requires_grad=False) if p.dtype == torch.bfloat16 else None
+            for p in self.weights
         ]
         self.means = [torch.zeros_like(p, dtype=torch.bfloat16, requires_grad=False) for p in self.weights]
         self.squares = [torch.zeros_like(mean) for mean in self.means]
@@ -146,7 +160,9 @@ class SplitAdamW(_AdamW):
         norm = self._clip(max_grad_norm)
         self.steps += 1
         generator = torch.Generator(self.weights[0].device).manual_seed(self.steps)
-        for weight, low, mean, square, grad in zip(self.weights, self.low, self.means, self.squares, self.grads, strict=True):
+        for weight, low, mean, square, grad in zip(
+            self.weights, self.low, self.means, self.squares, self.grads, strict=True
+        ):
             flat = [t if t is None else t.view(-1) for t in (weight.detach(), low, mean, square, grad)]
             for start in range(0, weight.numel(), self.part):
                 part = slice(start, start + self.part)
@@ -169,7 +185,13 @@ class SplitAdamW(_AdamW):
     def state_dict(self) -> dict:
         """Weights, their low bits, moments and step count: all that a resumed run needs to continue as if never stopped."""
         weights = [weight.detach() for weight in self.weights]
-        return {"weights": weights, "low": self.low, "means": self.means, "squares": self.squares, "steps": self.steps}
+        return {
+            "weights": weights,
+            "low": self.low,
+            "means": self.means,
+            "squares": self.squares,
+            "steps": self.steps,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -217,4 +239,6 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float, sc
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return (
+        peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    )

@@ -1,0 +1,378 @@
+"""Models: devices, loading, the parts of a causal language model, LoRA and references, the memory that rows take.
+
+Sections, in the order a run meets them:
+
+    devices     where and in what precision to compute
+    loading     a recipe name, hub id or folder becomes a policy and its tokenizer; the hub's errors become sentences
+    parts       backbone and vocabulary projection, the ids that end a reply
+    training    all weights or a LoRA adapter; the starting model beside it
+    memory      how many rows can be decoded at once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from cleanalign import synthetic
+from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
+from cleanalign.errors import UserError, near, optional_import, require
+
+HUB_MODELS = {
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "zephyr-7b": "HuggingFaceH4/mistral-7b-sft-beta",
+    "phi3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "pythia-1b-tldr": "trl-lib/pythia-1b-deduped-tldr-sft",
+    "gpt2": "openai-community/gpt2",
+    "gemma-2b": "google/gemma-2b",
+}
+
+# --- devices ---
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises `UserError` for a device this machine does not have."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    present = [name for name, here in available.items() if here]
+    require(
+        available[device], f"--device {device}: not present on this machine, which has {', '.join(present)}."
+    )
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        probes = [
+            getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        ]
+        fast = any(probe() for probe in probes if probe)
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def choose_attention(attention: str, device: torch.device, longest: int) -> str:
+    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa.
+
+    Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not see each other, are none.
+    """
+    if attention != "auto":
+        return attention
+    return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
+
+
+# --- loading ---
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id that a `--model` value stands for.
+
+    Raises `UserError` for a bare name that is neither a known recipe nor a folder.
+    """
+    if name == EMBEDDED_MODEL:
+        return str(embedded_model_folder())
+    if name in HUB_MODELS:
+        return HUB_MODELS[name]
+    if Path(name).is_dir():
+        require(
+            (Path(name) / "config.json").exists(),
+            f"--model {name}: this folder has no config.json, so it is not a Hugging Face model folder.",
+        )
+        return name
+    looks_like_id = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    require(
+        looks_like_id,
+        f"--model {name}: no such recipe or folder. {near(name, [EMBEDDED_MODEL, *HUB_MODELS])}",
+    )
+    return name
+
+
+def check_folder(flag: str, folder: str | None, *endings: str) -> None:
+    """Refuse a local folder that is not a model of the kind `flag` needs. A hub id is taken as it is."""
+    if folder is None or (
+        not Path(folder).exists() and folder.count("/") == 1 and not folder.startswith((".", "/", "~"))
+    ):
+        return
+    file = Path(folder) / "config.json"
+    require(file.is_file(), f"{flag} {folder}: no such folder, or no config.json in it.")
+    made = (json.loads(file.read_text()).get("architectures") or ["unknown"])[0]
+    require(
+        made.endswith(endings),
+        f"{flag} {folder}: holds a {made}; a model whose name ends in {' or '.join(endings)} is needed.",
+    )
+
+
+@contextlib.contextmanager
+def hub_errors(flag: str, name: str):
+    """Turn the hub client's many exceptions into one sentence about `flag name`."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        yield
+    except (OSError, ValueError, RepositoryNotFoundError, ConnectionError) as error:
+        causes = [error, error.__cause__, error.__context__]
+        text = " ".join(str(cause) for cause in causes if cause)
+        if Path(name).is_dir():
+            raise UserError(
+                f"{flag} {name}: the folder could not be loaded: {str(error).strip().splitlines()[0]}"
+            ) from error
+        if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in text:
+            raise UserError(
+                f"{flag} {name}: the hub says this repository is gated. Accept its licence on its page, then set HF_TOKEN "
+                "(or run `hf auth login`), or give a local folder."
+            ) from error
+        if (
+            any(isinstance(cause, RepositoryNotFoundError) for cause in causes)
+            or "not a valid model identifier" in text
+        ):
+            raise UserError(
+                f"{flag} {name}: no such repository on the hub (or it is private: set HF_TOKEN). {near(name, HUB_MODELS.values()) if flag == '--model' else ''}".rstrip()
+            ) from error
+        raise UserError(
+            f"{flag} {name}: could not be loaded from the hub ({str(error).strip().splitlines()[0]}). "
+            f"Without a network give a local folder, or {flag} {'sentiment' if 'judge' in flag else EMBEDDED_MODEL}, which needs no hub."
+        ) from error
+
+
+def without_dropout(source: str):
+    """The transformers config of a folder or hub id, every dropout 0."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> torch.nn.Module:
+    """Causal language model for a `--model` value: weights in `dtype`, every dropout 0, on `device`, frozen.
+
+    `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded, or if its
+    logits are not what `completion_logprobs` computes from its hidden states.
+    """
+    if name.startswith(synthetic.PREFIX):
+        model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, attention)
+    else:
+        source = model_source(name)
+        with hub_errors("--model", name):
+            config = without_dropout(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation=attention
+            )
+    model.to(device).eval().requires_grad_(False)
+    with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
+        ids = torch.arange(4, device=device)[None] + 5
+        hidden = backbone(model)(input_ids=ids).last_hidden_state
+        expected, ours = model(input_ids=ids).logits.float(), head_logits(hidden, *head(model)).float()
+    require(
+        torch.allclose(expected, ours, atol=0.1, rtol=0.05),
+        f"--model {name}: this architecture computes its logits in a way that is not supported yet.",
+    )
+    return model
+
+
+def load_tokenizer(name: str):
+    """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of its own)."""
+    if name.startswith(synthetic.PREFIX):
+        return synthetic.Tokenizer(synthetic.config(name.removeprefix(synthetic.PREFIX)).vocab_size)
+    with hub_errors("--model", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    require(
+        tokenizer.pad_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token."
+    )
+    return tokenizer
+
+
+# --- parts ---
+
+
+def base_model(model) -> torch.nn.Module:
+    """The transformers model inside a LoRA policy or a `LoraReference`, or `model` itself."""
+    if isinstance(model, LoraReference):
+        model = model.policy
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model) -> torch.nn.Module:
+    """The transformer below the vocabulary projection: token ids to hidden states (B, L, D)."""
+    inner = base_model(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """Vocabulary projection: weight (V, D), bias (V,) or None, and Gemma-2's logit soft cap or None."""
+    inner = base_model(model)
+    projection = inner.get_output_embeddings()
+    return (
+        projection.weight,
+        getattr(projection, "bias", None),
+        getattr(inner.config, "final_logit_softcapping", None),
+    )
+
+
+def head_logits(hidden, weight, bias, softcap):
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the tokenizer's."""
+    configured = base_model(model).generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+# --- training ---
+
+
+def make_trainable(
+    model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool, task: str = "CAUSAL_LM"
+):
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights. `task` is peft's.
+
+    The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32 copy of every layer's input.
+    """
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora_rank == 0:
+        return model.requires_grad_(True)
+    peft = optional_import("peft", "'cleanalign[lora]'")
+    config = peft.LoraConfig(
+        r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task
+    )
+    with (
+        torch.random.fork_rng()
+    ):  # the adapter's first values are the same in every process: a run is a function of its arguments
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def checkpointing(model):
+    """Context in which a model made with gradient checkpointing does checkpoint: transformers' training mode.
+
+    Only where a gradient is wanted: in training mode such a model ignores its caches. Nothing else changes, as every dropout is 0.
+    """
+    inner = base_model(model)
+    inner.train(torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        inner.eval()
+
+
+class LoraReference:
+    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no memory."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+
+def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
+    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights unadapted."""
+    if hasattr(policy, "disable_adapter"):
+        return LoraReference(policy)
+    return load_model(name, dtype, device, attention)
+
+
+def adapter_switch(model):
+    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its adapter."""
+    return model.policy.disable_adapter() if isinstance(model, LoraReference) else contextlib.nullcontext()
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged into `model` for good."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- memory ---
+
+PREFILL_TOKENS = 2**16  # prompt tokens in one forward pass
+
+
+def require_full_attention(model, longest: int) -> None:
+    """Refuse a model in which some layer would not see all of `longest` tokens: its masks are not built here.
+
+    Raises `UserError` for a sliding window shorter than that, and for layers that are not attention.
+    """
+    config = base_model(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = kinds - {"full_attention", "sliding_attention"}
+    require(not other, f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported.")
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and ("sliding_attention" in kinds or not getattr(config, "layer_types", None))
+    require(
+        not slides or longest <= window,
+        f"{config.model_type}: prompt and reply of up to {longest} tokens are longer than its attention's sliding window of {window}, "
+        "which is not supported. Lower --max-prompt-length or --max-new-tokens.",
+    )
+
+
+def choose_sample_rows(requested: int, members: list, longest: int, optimiser_bytes: int = 16) -> int:
+    """Rows to decode at once: `requested`, or for 0 as many as a GPU's free memory holds; 64 where there is no GPU.
+
+    For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is made:
+
+        rows = (0.85 · free − optimiser_bytes · trained weights − prefill) / row        in bytes; at least 8, at most 1024
+        row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V      keys and values; logits on their way to a draw
+        prefill = PREFILL_TOKENS · 4 · (D_model + intermediate size) · element size
+
+    `optimiser_bytes` is what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`). Raises `UserError` for an architecture that `require_full_attention` refuses.
+    """
+    for member in members:
+        require_full_attention(member, longest)
+    weight = head(members[0])[0]
+    free = free_memory(weight.device)
+    if requested or free is None:
+        return requested or 64
+    element, row, prefill = weight.element_size(), 0, 0
+    for config in (base_model(member).config.get_text_config() for member in members):
+        row += key_value_numbers(config) * longest * element + 24 * weight.shape[0]
+        prefill = PREFILL_TOKENS * 4 * (config.hidden_size + inner_width(config)) * element
+    optimiser = optimiser_bytes * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
+    return int(min(1024, max(8, (0.85 * free - optimiser - prefill) // row // 8 * 8)))
+
+
+def key_value_numbers(config) -> int:
+    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv · D."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return (
+        2
+        * config.num_hidden_layers
+        * heads
+        * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    )
+
+
+def inner_width(config) -> int:
+    """Width of the layers' inner part; GPT-2's config leaves it out when it is four times the model's."""
+    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a CUDA device, those that PyTorch holds unused included; None on another device."""
+    if device.type != "cuda":
+        return None
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        + torch.cuda.memory_reserved(device)
+        - torch.cuda.memory_allocated(device)
+    )

@@ -1,0 +1,126 @@
+"""The clock of a run: seconds, tokens and peak memory by phase; what the allocator keeps between them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+
+
+def _glibc():
+    """glibc, or None elsewhere."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        return library if library.mallopt and library.malloc_trim else None
+    return None
+
+
+SMALL_MICRO_BATCH = 256  # tokens; micro-batches up to this size, the default runs', say that little memory matters more than speed
+
+
+def keep_freed_memory(micro_batch_tokens: int) -> None:
+    """Tell glibc to keep freed memory: giving activations back and faulting them in again costs a large part of a CPU step.
+
+    Blocks above M_MMAP_THRESHOLD always go back. With small micro-batches gradients of the vocabulary do, which costs time.
+    """
+    if glibc := _glibc():
+        glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        glibc.mallopt(
+            -3, 40 * 2**20 if micro_batch_tokens <= SMALL_MICRO_BATCH else 2**29
+        )  # M_MMAP_THRESHOLD; chunks of logits are 32 MB
+
+
+def give_back_freed_memory() -> None:
+    """Hand back what `keep_freed_memory` kept."""
+    if glibc := _glibc():
+        glibc.malloc_trim(0)
+
+
+def peak_memory() -> int:
+    """Peak bytes since the last reset: of the CUDA allocator where there is one, else of the process's resident set."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory` anew where the system can: CUDA and Linux. Elsewhere it stays the peak since the start."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Phases:
+    """Seconds, tokens and peak memory of a run, by phase: sampling, judging, training, …
+
+    Use `phase(name)` around timed work and `add_tokens` or `add_batch` for what it computed. `lean` gives freed memory back before
+    each phase, for runs whose micro-batches say that little memory matters more than speed.
+    """
+
+    def __init__(self, lean: bool = False):
+        self.lean = lean
+        self.phases: dict[str, Counter] = defaultdict(Counter)  # seconds, tokens, scored, peak_memory_bytes
+        self.open_phases: list[str] = []
+        self.phase_mark = 0.0  # when the innermost open phase began, or went on
+        self.peak_memory_bytes = 0
+        self.padding = Counter()  # of the batches since the last log: places, tokens
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an inner one are its own alone."""
+        if not self.open_phases and self.lean:
+            give_back_freed_memory()  # a phase's buffers differ in size from the last one's: their peaks would add up
+        self._close_measurement()
+        self.open_phases.append(name)
+        try:
+            yield
+        finally:
+            self._close_measurement()
+            self.open_phases.pop()
+
+    def _close_measurement(self) -> None:
+        """Book what happened since the last call on the innermost open phase."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now, peak = time.perf_counter(), peak_memory()
+        if self.open_phases:
+            phase = self.phases[self.open_phases[-1]]
+            phase["seconds"] += now - self.phase_mark
+            phase["peak_memory_bytes"] = max(phase["peak_memory_bytes"], peak)
+        self.phase_mark, self.peak_memory_bytes = now, max(self.peak_memory_bytes, peak)
+        reset_peak_memory()
+
+    def add_tokens(self, name: str, tokens: int, scored: int = 0) -> None:
+        """Count tokens of a phase: those sampled, or those a forward pass computed and, of the completions', scored."""
+        self.phases[name] += Counter(tokens=tokens, scored=scored)
+
+    def add_batch(self, name: str, batch) -> None:
+        """Count the tokens of a `common.Batch` in a phase, and how much of it was padding."""
+        self.add_tokens(name, batch.tokens, batch.scored)
+        self.padding += Counter(places=batch.input_ids.numel(), tokens=batch.tokens)
+
+    def set_apart(self, name: str, part: str, seconds: float) -> None:
+        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per second."""
+        if seconds:
+            self.phases[name]["seconds"] -= seconds
+            self.phases[part]["seconds"] += seconds
+
+    def throughput(self) -> dict[str, float]:
+        """Tokens per second by phase, since the start (or the resume)."""
+        timed = {
+            name: phase for name, phase in self.phases.items() if phase["seconds"] > 0 and phase["tokens"]
+        }
+        return {
+            f"tokens_per_second/{name}": phase["tokens"] / phase["seconds"] for name, phase in timed.items()
+        }

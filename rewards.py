@@ -1,0 +1,131 @@
+"""Token-level reward models: load, read, score, train on pairs. Which loss the pairs get is an argument: this file knows no algorithm.
+
+A reward model is a sequence classifier with one label. It reads a prompt with its replies as `common.collate` lays them out, so that
+a prompt is computed once for all its replies, and takes the hidden state at each reply's last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import common
+from cleanalign.errors import require
+from cleanalign.models import base_model, hub_errors, make_trainable, model_source, without_dropout
+from experiment import Example, Stage, StagedExperiment, stage_steps, train_stage
+
+
+def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
+    """A sequence classifier with one label and no dropout; `fresh` puts a zero head on a causal language model's weights.
+
+    The head is in float32: in bfloat16 the rewards of a prompt's samples would tie. A finished one is a Hugging Face folder.
+    """
+    folder = model_source(source)
+    level = transformers.logging.get_verbosity()
+    with hub_errors("--model" if fresh else "--reward-model", source):
+        config = without_dropout(folder)
+        config.num_labels = 1
+        transformers.logging.set_verbosity_error()  # no report that the new head is not in the checkpoint
+        try:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attention
+            )
+        finally:
+            transformers.logging.set_verbosity(level)
+    model.score.float()
+    if fresh:
+        torch.nn.init.zeros_(model.score.weight)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def new_reward_model(exp: StagedExperiment, source: str):
+    """A reward model to train, from the weights of `source`: all but the embeddings, or a LoRA adapter and the head."""
+    args = exp.args
+    model = load_reward_model(source, True, exp.dtype, exp.device, exp.attention)
+    task = "CAUSAL_LM" if args.lora_rank == 0 else "SEQ_CLS"
+    model = make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing, task)
+    if args.lora_rank == 0:
+        model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def reward_scores(model, data: common.Batch) -> torch.Tensor:
+    """(G, K) scalars, float32, differentiable, of replies as `collate_read` lays them out."""
+    hidden = common.completion_hidden(model, data)  # (G, K, T, D)
+    last = (data.mask.sum(-1).long() - 1).clamp(min=0)  # (G, K): has seen every token but the placeholder
+    index = last[:, :, None, None].expand(-1, -1, 1, hidden.shape[-1])
+    states = hidden.gather(2, index)[:, :, 0]  # (G, K, D)
+    return base_model(model).score(states.float())[..., 0]
+
+
+def as_read(completion: list[int], ends: list[int], hide_end: bool) -> list[int]:
+    """A completion as a reward model reads it: without its end, if hidden."""
+    return completion[:-1] if hide_end and completion and completion[-1] in ends else completion
+
+
+def pair_as_read(positive: list[int], negative: list[int], args, ends: list[int]) -> list[list[int]]:
+    """[positive, negative] as a reward model is trained on them; with --match-lengths both at the length of the shorter."""
+    pair = [as_read(completion, ends, args.hide_end) for completion in (positive, negative)]
+    return [completion[: min(map(len, pair))] for completion in pair] if args.match_lengths else pair
+
+
+def collate_read(prompts: list[list[int]], groups: list[list[list[int]]], device) -> common.Batch:
+    """`common.collate` of completions closed by a placeholder, which is never fed: the position that predicts it has read all else."""
+    return common.collate(prompts, [[[*completion, 0] for completion in group] for group in groups], device)
+
+
+@torch.no_grad()
+def rewards_of(
+    exp: StagedExperiment,
+    model,
+    prompts: list[list[int]],
+    groups: list[list[list[int]]],
+    progress: str | None = None,
+) -> torch.Tensor:
+    """(G, M) rewards of M completions to each of G prompts."""
+    hide = exp.args.hide_end
+    read = [[as_read(completion, exp.ends, hide) for completion in group] for group in groups]
+    result = torch.zeros(len(prompts), len(groups[0]))
+    parts = common.micro_batches(prompts, read, 4 * exp.args.micro_batch_tokens)
+    for part in tqdm(parts, desc=progress, leave=False, disable=progress is None):
+        data = collate_read([prompts[i] for i in part], [read[i] for i in part], exp.device)
+        result[part] = reward_scores(model, data).cpu()
+    return result
+
+
+def train_on_pairs(
+    exp: StagedExperiment, stage: str, model, pairs: list[Example], pair_loss: Callable, planned: int
+) -> None:
+    """Train `model` on [positive, negative] pairs, of which the progress bar expected `planned`.
+
+    `pair_loss(positive_scores, negative_scores)`, (G,) each, gives the scalar to minimise.
+    """
+    args = exp.args
+    require(
+        bool(pairs), f"{stage}: no pair to learn from: both sides read the same, or the judge ties them all."
+    )
+    steps = [stage_steps(args, count, args.reward_epochs) for count in (planned, len(pairs))]
+    exp.run.fewer_steps(steps[0] - steps[1])
+
+    def loss_of(examples, data):
+        positive, negative = reward_scores(model, data).unbind(1)  # (G,)
+        return pair_loss(positive, negative), {"accuracy": share_right(positive, negative)}
+
+    settings = Stage(stage, args.reward_epochs, args.reward_learning_rate, collate_read)
+    train_stage(exp, settings, model, pairs, loss_of)
+
+
+def accuracy(score: Callable, pairs: list[Example]) -> float | None:
+    """Share of held-out pairs whose positive scores higher; None without pairs. score(prompts, completions) gives (B, 2) rewards."""
+    if not pairs:
+        return None
+    scores = score([e.prompt for e in pairs], [e.completions for e in pairs])
+    return share_right(scores[:, 0], scores[:, 1]).item()
+
+
+def share_right(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Share of pairs whose positive scores higher, ties ½."""
+    return ((positive > negative).float() + 0.5 * (positive == negative).float()).mean()
