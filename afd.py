@@ -1,28 +1,30 @@
 """AfD, alignment from demonstrations: SFT, adversarial imitation, rewards by inverse RL. arXiv 2405.15624 v2.
 
-The idea: demonstrations carry more than SFT takes from them. The pair (a sample of the starting model, a sample of the model
-fine-tuned on the demonstrations) says which way the demonstrator lies, and both sides come from one model family: a reward learned
-from such pairs (`init-sft`) ranks new samples, where one learned from (sample, demonstration) pairs only learns who wrote them.
+The idea: demonstrations carry more than SFT takes from them. The pair (a sample of the starting model, a
+sample of the model fine-tuned on the demonstrations) says which way the demonstrator lies, and both sides
+come from one model family: a reward learned from such pairs (`init-sft`) ranks new samples, where one learned
+from (sample, demonstration) pairs only learns who wrote them.
 
 Departures from the paper:
- 1. Best-of-N is distilled into the policy (--extrapolate distil): DPO on the reward's best against its worst of each prompt's samples.
- 2. A reward model reads replies without their end-of-sequence token, both of a pair cut to the length of the shorter one
-    (--hide-end, --match-lengths): otherwise it learns lengths only.
- 3. The closed form log π_SFT(y|x) − log π_0(y|x), which the reward model of `init-sft` approximates, is reported beside it, and can
-    be the reward itself (--reward log-ratio, as on the default task).
+ 1. Best-of-N is distilled into the policy (--extrapolate distil): DPO on the reward's best against its worst
+    of each prompt's samples.
+ 2. A reward model reads replies without their end-of-sequence token, both of a pair cut to the length of the
+    shorter one (--hide-end, --match-lengths): otherwise it learns lengths only.
+ 3. The closed form log π_SFT(y|x) − log π_0(y|x), which the reward model of `init-sft` approximates, is
+    reported beside it, and can be the reward itself (--reward log-ratio, as on the default task).
  4. Reward models train all weights but the embeddings, or a LoRA adapter; the author's are LoRA.
- 5. The paper's demonstrations are GPT-4's: give them with --demonstrations FILE. The gpt2 and gemma-2b recipes take `chosen`.
+ 5. The paper's demonstrations are GPT-4's: give them with --demonstrations FILE. The gpt2 and gemma-2b
+    recipes take `chosen`.
  6. The smollm2-135m recipe is ours, chosen for two CPU cores.
 
 Examples:
-    python afd.py                                                    # rewards from upbeat human replies; minutes on a laptop
-    python afd.py --model gemma-2b --demonstrations gpt4.jsonl       # the paper's task, on one GPU
+    python afd.py                                                 # upbeat human replies; minutes on a laptop
+    python afd.py --model gemma-2b --demonstrations gpt4.jsonl    # the paper's task, on one GPU
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +34,9 @@ import torch
 import torch.nn.functional as F
 
 import common
-from cleanalign.best_of_n import compare_rankers, write_report
-from cleanalign.data import bare
+from cleanalign.best_of_n import best_of_n_summary, compare_rankers, write_report
 from cleanalign.errors import require
-from cleanalign.models import check_folder, choose_attention, save_model, starting_model
+from cleanalign.models import check_folder, save_model, starting_model
 from cleanalign.optimization import learning_rate_at, make_optimiser
 from experiment import (
     Example,
@@ -55,13 +56,16 @@ from experiment import (
 )
 from judges import golden_of, preference_matrix
 from rewards import (
+    Reward,
     accuracy,
     collate_read,
-    load_reward_model,
+    data_set_preferences,
     new_reward_model,
     pair_as_read,
+    preference_examples,
     reward_scores,
     rewards_of,
+    scorer,
     share_right,
     train_on_pairs,
 )
@@ -73,7 +77,7 @@ Pairs = Literal["init-sft", "init-demo", "sft-demo", "preference"]
 class Args(RunArgs):
     """Alignment from demonstrations, AfD (arXiv 2405.15624).
 
-    python afd.py                                                learns on a laptop in minutes, needs no GPU and no model hub
+    python afd.py     learns on a laptop in minutes, needs no GPU and no model hub
 
     python afd.py --model gemma-2b --demonstrations gpt4.jsonl   the paper's task, on one GPU
 
@@ -100,33 +104,39 @@ class Args(RunArgs):
     demonstrations: str = "response"
     """Column of the data set that holds the demonstrations, or a file of rows with prompt and response."""
     min_demonstration_score: float | None = 0.8
-    """Keep demonstrations that the judge scores at least this (the default task: upbeat human replies); None keeps all."""
+    """Keep demonstrations that the judge scores at least this (the default task: upbeat human replies); None
+    keeps all."""
     num_prompts: int | None = 480
     """Demonstrations, one a prompt; None is all of them."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """The golden judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or FILE.py:FUNCTION. It scores; no training path may ask it."""
+    """The golden judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or FILE.py:FUNCTION. It
+    scores; no training path may ask it."""
     eval_judge: str | None = "polarity"
     """A second judge, for the final comparison; None for none."""
     eval_prompts: int = 128
     """Held-out prompts of the Best-of-N report and of the final comparison with the starting model."""
     dev_prompts: int = 32
-    """Demonstrations set aside: on them a reward model's separability is measured and the reward to report is chosen."""
+    """Demonstrations set aside: on them a reward model's separability is measured and the reward to report is
+    chosen."""
 
     # algorithm
     objective: Literal["forward-kl", "reverse-kl", "js", "irl"] = "irl"
-    """forward-kl: SFT. reverse-kl, js: adversarial imitation from π_SFT on. irl: a reward model, then extrapolation."""
+    """forward-kl: SFT. reverse-kl, js: adversarial imitation from π_SFT on. irl: a reward model, then
+    extrapolation."""
     pairs: tuple[Pairs, ...] = ("init-sft",)
-    """Reward models to train, by their pairs, negative first; all are compared on the same samples. --reward reward-model distils the first."""
+    """Reward models to train, by their pairs, negative first; all are compared on the same samples. --reward
+    reward-model distils the first."""
     preferences: Literal["data", "judge"] = "judge"
-    """Where --pairs preference takes its pairs: the data set's chosen and rejected, or the judge's verdict on π_SFT's samples (an
-    oracle, for reference only)."""
+    """Where --pairs preference takes its pairs: the data set's chosen and rejected, or the judge's verdict on
+    π_SFT's samples (an oracle, for reference only)."""
     reward_loss: Literal["classification", "bradley-terry"] = "classification"
-    """classification: the logit is an estimate of the log density ratio, comparable across prompts. bradley-terry: pairs."""
+    """classification: the logit is an estimate of the log density ratio, comparable across prompts.
+    bradley-terry: pairs."""
     reward: Literal["reward-model", "log-ratio"] = "log-ratio"
-    """What distil extrapolates: the first reward model, or the closed form log π_SFT(y|x) − log π_0(y|x), which needs none (on the default
-    task's development prompts it ranks better)."""
+    """What distil extrapolates: the first reward model, or the closed form log π_SFT(y|x) − log π_0(y|x),
+    which needs none (on the default task's development prompts it ranks better)."""
     reward_init: Literal["start", "sft"] = "start"
     """Weights that a reward model or discriminator starts from: π_0's or π_SFT's."""
     hide_end: bool = True
@@ -140,19 +150,22 @@ class Args(RunArgs):
     max_n: int = 16
     """Largest N of the Best-of-N report."""
     extrapolate: Literal["best-of-n", "distil"] = "distil"
-    """best-of-n: report only, the policy is π_SFT. distil: train it on the reward's best against its worst sample."""
+    """best-of-n: report only, the policy is π_SFT. distil: train it on the reward's best against its worst
+    sample."""
     samples_per_prompt: int = 6
     """Samples that distil chooses from; of the adversarial objectives, own samples."""
     beta: float = 0.1
     """Strength of the tie to π_SFT in distil: DPO's β."""
     kl: float = 0.02
-    """reverse-kl, js: weight of the KL to π_SFT in the policy's reward (with --whiten, against advantages of standard deviation 1)."""
+    """reverse-kl, js: weight of the KL to π_SFT in the policy's reward (with --whiten, against advantages of
+    standard deviation 1)."""
     policy_steps: int = 40
     """reverse-kl, js: policy updates."""
     discriminator_updates: int = 1
     """reverse-kl, js: discriminator updates before each policy update."""
     whiten: bool = True
-    """reverse-kl, js: divide advantages by the batch's standard deviation, as the discriminator's scale drifts."""
+    """reverse-kl, js: divide advantages by the batch's standard deviation, as the discriminator's scale
+    drifts."""
     replay: float = 0.0
     """reverse-kl, js: share of the discriminator's negatives taken from earlier steps' samples."""
 
@@ -178,7 +191,8 @@ class Args(RunArgs):
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Learning rate after the warm-up, within a stage."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments
+    and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -196,10 +210,12 @@ class Args(RunArgs):
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
-    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice
+    stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy: the model it is tied to. A row of training holds a demonstration, or a prompt's samples."""
+        """Beside the policy: the model it is tied to. A row of training holds a demonstration, or a prompt's
+        samples."""
         return Holds(completions=1 if self.objective == "forward-kl" else self.samples_per_prompt)
 
 
@@ -290,12 +306,14 @@ def check_args(args: Args) -> None:
         )
     require(
         args.objective != "js" or args.reward_loss == "classification",
-        "--objective js needs --reward-loss classification: its reward −log(1 − D) is no density ratio's when a constant per prompt is free.",
+        "--objective js needs --reward-loss classification: its reward −log(1 − D) is no density ratio's "
+        "when a constant per prompt is free.",
     )
     if args.reward_model and args.objective == "irl" and args.extrapolate == "distil":
         require(
             args.reward == "reward-model",
-            f"--reward-model {args.reward_model} is given, but --reward {args.reward} is what distil extrapolates. Add --reward reward-model, "
+            f"--reward-model {args.reward_model} is given, but --reward {args.reward} is what distil "
+            "extrapolates. Add --reward reward-model, "
             "or --extrapolate best-of-n to compare only.",
         )
     if args.objective in ("reverse-kl", "js"):
@@ -314,9 +332,9 @@ def discriminator_loss(
 ) -> torch.Tensor:
     """Loss of a discriminator or reward model on pairs, as a scalar to minimise (mean over the batch).
 
-    `classification` is minus half of E_D[log D] + E_π[log(1 − D)], D = σ(score): its optimum's score is the log density ratio
-    log d_positive(y|x) − log d_negative(y|x). `bradley-terry` is −log σ(positive − negative): a constant per prompt stays free.
-    arXiv 2405.15624 v2, Sections 3 and 4.
+    `classification` is minus half of E_D[log D] + E_π[log(1 − D)], D = σ(score): its optimum's score is the
+    log density ratio log d_positive(y|x) − log d_negative(y|x). `bradley-terry` is −log σ(positive −
+    negative): a constant per prompt stays free. arXiv 2405.15624 v2, Sections 3 and 4.
 
     Args:
         positive_scores, negative_scores: (B,) logits. For bradley-terry the i-th two belong to one prompt.
@@ -337,9 +355,11 @@ def dpo_loss(
 
 
 def policy_gradient_loss(logprobs, reference_logprobs, mask, advantage, kl: float) -> torch.Tensor:
-    """Surrogate of the policy gradient of E[r(y)] − kl · KL(π ‖ π_SFT), the KL as reward-to-go; a scalar to minimise.
+    """Surrogate of the policy gradient of E[r(y)] − kl · KL(π ‖ π_SFT), the KL as reward-to-go; a scalar to
+    minimise.
 
-    (B, T) per-token log-probs and mask; (B,) advantage r(y) − baseline. As in nash_md.py, where Eq. 13 explains it; twice on purpose.
+    (B, T) per-token log-probs and mask; (B,) advantage r(y) − baseline. As in nash_md.py, where Eq. 13
+    explains it; twice on purpose.
     """
     log_ratio = ((logprobs - reference_logprobs) * mask).detach()  # (B, T)
     to_go = log_ratio.flip(-1).cumsum(-1).flip(-1)  # (B, T) Σ_{m ≥ n} log π/π_SFT
@@ -351,7 +371,8 @@ def policy_gradient_loss(logprobs, reference_logprobs, mask, advantage, kl: floa
 
 @dataclass
 class Data:
-    """Demonstrations to train on and to choose with, held-out prompts, and the data set's own preferences where they are wanted."""
+    """Demonstrations to train on and to choose with, held-out prompts, and the data set's own preferences
+    where they are wanted."""
 
     train: Split
     dev: Split
@@ -360,7 +381,8 @@ class Data:
 
 
 def load_data(exp: StagedExperiment) -> Data:
-    """All splits. Raises `UserError` where demonstrations or preferences are missing, or a held-out prompt is among them."""
+    """All splits. Raises `UserError` where demonstrations or preferences are missing, or a held-out prompt is
+    among them."""
     args = exp.args
     dev, train, rows = load_demonstrations(exp, args.dev_prompts)
     learns_preferences = args.objective == "irl" and not args.reward_model and "preference" in args.pairs
@@ -368,38 +390,6 @@ def load_data(exp: StagedExperiment) -> Data:
     if learns_preferences and args.preferences == "data":
         preferences = data_set_preferences(exp, rows, dev)
     return Data(train, dev, Split(exp.eval_rows, exp.eval_prompts), preferences)
-
-
-def data_set_preferences(exp: StagedExperiment, rows: list, dev: Split) -> list[Example]:
-    """The data set's own [chosen, rejected] pairs, those on development prompts left out."""
-    args = exp.args
-    aside = {bare(row.prompt) for row in dev.rows}
-    pairs = [row for row in rows if row.chosen and row.rejected and row.chosen != row.rejected]
-    pairs = [row for row in pairs if bare(row.prompt) not in aside]
-    require(
-        bool(pairs),
-        f"--pairs preference: --dataset {args.dataset} has no chosen and rejected responses. "
-        "Give one that has, or --preferences judge (an oracle).",
-    )
-    count = args.reward_prompts * args.reward_samples
-    kept = common.encode_rows(exp.tokenizer, pairs, args.max_prompt_length, count, args.seed, "preferences")
-    return preference_examples(exp, Split(*kept))
-
-
-def preference_examples(exp: StagedExperiment, split: Split) -> list[Example]:
-    """The data set's [chosen, rejected] of every row that has both, as a reward model reads them."""
-    args, end, examples = exp.args, common.turn_end(exp.tokenizer, exp.ends), []
-    for row, prompt in zip(split.rows, split.prompts, strict=True):
-        if row.chosen is None or row.rejected is None:
-            continue
-        chosen, rejected = (
-            common.encode_response(exp.tokenizer, row.prompt, text, end, args.max_new_tokens)
-            for text in (row.chosen, row.rejected)
-        )
-        read = pair_as_read(chosen, rejected, args, exp.ends)
-        if read[0] != read[1]:
-            examples.append(Example(row.id, prompt, read, [1.0, 1.0]))
-    return examples
 
 
 def planned_steps(args: Args, data: Data) -> int:
@@ -421,7 +411,8 @@ def planned_steps(args: Args, data: Data) -> int:
 
 
 def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
-    """Forward KL: minus the demonstration's log-prob, answer tokens only, in nats per reply. Stands in spin.py too."""
+    """Forward KL: minus the demonstration's log-prob, answer tokens only, in nats per reply. Stands in
+    spin.py too."""
     columns = zip(train.rows, train.prompts, train.demonstrations, strict=True)
     examples = [Example(row.id, prompt, [demonstration], [1.0]) for row, prompt, demonstration in columns]
 
@@ -439,7 +430,8 @@ def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
 
 @dataclass
 class Group:
-    """One prompt's training example of the policy: its K own samples and what each earned beyond its baseline."""
+    """One prompt's training example of the policy: its K own samples and what each earned beyond its
+    baseline."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
@@ -448,7 +440,8 @@ class Group:
 
 
 def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
-    """Discriminator on (demonstration, own sample) and policy gradient on its reward, in turn; leaves the policy in `exp`."""
+    """Discriminator on (demonstration, own sample) and policy gradient on its reward, in turn; leaves the
+    policy in `exp`."""
     args, run = exp.args, exp.run
     exp.policy = exp.load(sft_source, trainable=True)
     exp.reference = starting_model(exp.policy, str(sft_source), exp.dtype, exp.device, exp.attention)
@@ -470,7 +463,8 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
         share = learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
         metrics = {}
         with run.phase("training"), sealed(exp.judge):
-            # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier policies.
+            # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier
+            # policies.
             current = list(zip(chosen, own, strict=True))
             for _ in range(args.discriminator_updates):
                 old = rng.sample(earlier, min(len(earlier), round(args.replay * len(current))))
@@ -480,9 +474,8 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
             earlier = (earlier + current)[-32 * args.batch_size :] if args.replay else []
 
             # Policy: its reward is the discriminator's.
-            reward = adversarial_reward(
-                rewards_of(exp, discriminator, prompts, own), args.objective
-            )  # (G, K)
+            # (G, K)
+            reward = adversarial_reward(rewards_of(exp, discriminator, prompts, own), args.objective)
             advantage = advantage_of(reward, args.whiten).tolist()  # (G, K)
             columns = zip(chosen, prompts, own, advantage, strict=True)
             groups = [Group(train.rows[i].id, *example) for i, *example in columns]
@@ -503,13 +496,14 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
 
 
 def adversarial_reward(logits: torch.Tensor, objective: Literal["reverse-kl", "js"]) -> torch.Tensor:
-    """The policy's reward from the discriminator's logit, the estimated log density ratio: that itself for the reverse KL,
-    −log(1 − D), its softplus, for JS (GAIL's)."""
+    """The policy's reward from the discriminator's logit, the estimated log density ratio: that itself for
+    the reverse KL, −log(1 − D), its softplus, for JS (GAIL's)."""
     return F.softplus(logits) if objective == "js" else logits
 
 
 def advantage_of(reward: torch.Tensor, whiten: bool) -> torch.Tensor:
-    """(G, K) rewards minus the mean of the prompt's other samples, or for K = 1 of the batch's; at unit variance if `whiten`."""
+    """(G, K) rewards minus the mean of the prompt's other samples, or for K = 1 of the batch's; at unit
+    variance if `whiten`."""
     others = reward if reward.shape[1] > 1 else reward.expand(-1, len(reward)).T
     advantage = reward - (others.sum(1, keepdim=True) - reward) / max(1, others.shape[1] - 1)
     return advantage / (advantage.std() + 1e-6) if whiten else advantage
@@ -550,23 +544,20 @@ def discriminator_step(
 
 def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, learning_rate: float) -> dict:
     """One policy-gradient update on G prompts' K samples, in micro-batches; returns its metrics."""
-    args, run = exp.args, exp.run
+    args, run, policy, reference = exp.args, exp.run, exp.policy, exp.reference
     prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
-    means = common.Means(len(batch))
+    temperature, means = args.temperature, common.Means(len(batch))
     for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
         advantage = torch.tensor([g.advantage for g in groups], device=exp.device).flatten()  # (G*K,)
         with torch.no_grad():
-            reference_logprobs = common.completion_logprobs(
-                exp.reference, data, args.temperature
-            )  # (G, K, T)
-        logprobs, entropy = common.completion_logprobs(
-            exp.policy, data, args.temperature, entropy=True
-        )  # (G, K, T)
+            reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, K, T)
+        logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)
+        # (G*K, T)
         policy_rows, reference_rows, mask = (
             x.flatten(0, 1) for x in (logprobs, reference_logprobs, data.mask)
-        )  # (G*K, T)
+        )
         loss = policy_gradient_loss(policy_rows, reference_rows, mask, advantage, args.kl)
         (loss * len(groups) / len(batch)).backward()
         run.add_batch("training", data)
@@ -589,7 +580,8 @@ def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, 
 
 @dataclass
 class Samples:
-    """[prompt][sample] token ids, drawn once: to learn from and to distil (training prompts), to choose with, to report."""
+    """[prompt][sample] token ids, drawn once: to learn from and to distil (training prompts), to choose with,
+    to report."""
 
     learn_from: list  # π_SFT's
     distil_from: list  # π_SFT's, too
@@ -598,18 +590,9 @@ class Samples:
     dev_init: list  # π_0's on development prompts
 
 
-@dataclass
-class Reward:
-    """A reward that ranks samples: a reward model in a folder, or without one the closed form log π_SFT − log π_0."""
-
-    label: str
-    pairs: str  # how its pairs were built
-    folder: Path | None
-    oracle: bool = False  # it learned from the judge
-
-
 def inverse_rl(exp: StagedExperiment, sft_source, data: Data) -> dict:
-    """Reward models from pairs, their Best-of-N report, and the policy that extrapolates, left in `exp`. Returns the summary's part."""
+    """Reward models from pairs, their Best-of-N report, and the policy that extrapolates, left in `exp`.
+    Returns the summary's part."""
     args = exp.args
     part = slice(args.reward_prompts)
     train = Split(data.train.rows[part], data.train.prompts[part], data.train.demonstrations[part])
@@ -621,16 +604,15 @@ def inverse_rl(exp: StagedExperiment, sft_source, data: Data) -> dict:
     rewards = train_rewards(exp, sft_source, data, samples)
     # 3c. Every reward scores the same samples; the judge tells how good its choices are.
     report, to_distil = compare_rewards(exp, sft_source, data, samples, rewards)
-    summary = best_of_n_summary(report, args.max_n)
+    summary = best_of_n_summary(report)
     # 3d. Extrapolate: at serving time by Best-of-N, or now, by DPO of the reward's best against its worst.
     if args.extrapolate == "best-of-n":
         exp.policy = exp.load(sft_source)
         return summary
     label, scores = to_distil
     distil(exp, sft_source, data.train, samples.distil_from, scores)
-    equal = min(
-        args.samples_per_prompt, args.max_n
-    )  # what Best-of-N gets with as many samples as distil chose from
+    # what Best-of-N gets with as many samples as distil chose from
+    equal = min(args.samples_per_prompt, args.max_n)
     at_equal = report["rankers"][label]["score"][equal - 1]
     summary["distil"] = {
         "reward": label,
@@ -641,7 +623,8 @@ def inverse_rl(exp: StagedExperiment, sft_source, data: Data) -> dict:
 
 
 def draw_samples(exp: StagedExperiment, sft_source, data: Data) -> Samples:
-    """Everything that rewards learn from and are measured on. The judge's preferences, an oracle, also see what distil chooses from."""
+    """Everything that rewards learn from and are measured on. The judge's preferences, an oracle, also see
+    what distil chooses from."""
     args = exp.args
     M = args.max_n + 1  # one more than the largest subset: the opponent outside it
     kinds = () if args.reward_model else args.pairs
@@ -695,7 +678,8 @@ def train_rewards(exp: StagedExperiment, sft_source, data: Data, samples: Sample
 def reward_pairs(
     exp: StagedExperiment, kind: Pairs, split: Split, own: list, init: list | None
 ) -> list[Example]:
-    """[positive, negative] pairs as a reward model reads them: `own` and `init` are π_SFT's and π_0's samples, [prompt][sample]."""
+    """[positive, negative] pairs as a reward model reads them: `own` and `init` are π_SFT's and π_0's
+    samples, [prompt][sample]."""
     pairs = []  # (prompt's index, positive, negative)
     if kind == "preference":  # the judge's own verdict on π_SFT's samples: an oracle
         asked = [row.prompt for row in split.rows]
@@ -720,7 +704,8 @@ def reward_pairs(
 def compare_rewards(
     exp: StagedExperiment, sft_source, data: Data, samples: Samples, rewards: list[Reward]
 ) -> tuple[dict, tuple | None]:
-    """The Best-of-N report, written to the run folder; and of the reward to distil its label and its scores of the training samples."""
+    """The Best-of-N report, written to the run folder; and of the reward to distil its label and its scores
+    of the training samples."""
     args, rankers, to_distil = exp.args, {}, None
     splits = {"test": data.test, "dev": data.dev}
     held_out = preference_examples(exp, data.test)
@@ -747,7 +732,8 @@ def compare_rewards(
         golden[split] = golden_of(exp.judge, [row.prompt for row in splits[split].rows], exp.texts(replies))
         lengths[split] = torch.tensor([[float(len(y)) for y in group] for group in replies])
     report = compare_rankers(rankers, golden, lengths, exp.judge.name)
-    # Preferences are more than demonstrations: of the rewards learned without them, the one the development prompts favour is reported.
+    # Preferences are more than demonstrations: of the rewards learned without them, the one the development
+    # prompts favour is reported.
     own_rewards = [label for label in rankers if "preference" not in label]
     report["favoured_on_dev"] = max(
         own_rewards, key=lambda label: report["rankers"][label]["dev"]["win_rate"][-1]
@@ -756,49 +742,9 @@ def compare_rewards(
     return report, to_distil
 
 
-def scorer(exp: StagedExperiment, sft_source, reward: Reward) -> Callable:
-    """score(prompts, completions, progress) of a reward. A prompt with all its replies is one long row: attention is chosen for that."""
-    args = exp.args
-    longest = args.max_prompt_length + (args.max_n + 1) * args.max_new_tokens
-    attention = choose_attention(args.attention, exp.device, longest)
-    if reward.folder is None:
-        return partial(log_ratios, exp, (exp.load(sft_source, attention), exp.load(args.model, attention)))
-    model = load_reward_model(str(reward.folder), False, exp.dtype, exp.device, attention)
-    return partial(rewards_of, exp, model)
-
-
-def log_ratios(
-    exp: StagedExperiment, models: tuple, prompts: list, groups: list, progress: str | None = None
-) -> torch.Tensor:
-    """(G, M) log π_SFT(y|x) − log π_0(y|x), at the sampling temperature; `models` are the two."""
-    args = exp.args
-    of_sft, of_start = (
-        common.sequence_logprobs(
-            model, prompts, groups, args.temperature, exp.device, 4 * args.micro_batch_tokens, progress
-        )
-        for model in models
-    )
-    return torch.tensor(of_sft) - torch.tensor(of_start)
-
-
-def best_of_n_summary(report: dict, max_n: int) -> dict:
-    """What the run's summary says of the report: the favoured reward at the largest N."""
-    favoured = report["favoured_on_dev"]
-    best = report["rankers"][favoured]
-    return {
-        "sft_score": best["score"][0],
-        "best_of_n": {
-            "n": max_n,
-            "favoured_on_dev": favoured,
-            "score": best["score"][-1],
-            "win_rate": best["win_rate"][-1],
-            "win_rate_interval": [best["win_rate_low"][-1], best["win_rate_high"][-1]],
-        },
-    }
-
-
 def distil(exp: StagedExperiment, sft_source, train: Split, samples: list, scores: torch.Tensor) -> None:
-    """DPO of the sample that (G, M) `scores` like best against the one they like least; leaves the policy in `exp`."""
+    """DPO of the sample that (G, M) `scores` like best against the one they like least; leaves the policy in
+    `exp`."""
     args, examples = exp.args, []
     best, worst = scores.argmax(1).tolist(), scores.argmin(1).tolist()
     for i, group in enumerate(samples):
@@ -807,7 +753,8 @@ def distil(exp: StagedExperiment, sft_source, train: Split, samples: list, score
             examples.append(Example(train.rows[i].id, train.prompts[i], pair, [args.temperature] * 2))
     require(
         bool(examples),
-        f"distil: every sample of a prompt is the same, on all {len(train.prompts)} prompts. Nothing to learn from.",
+        f"distil: every sample of a prompt is the same, on all {len(train.prompts)} prompts. Nothing to "
+        "learn from.",
     )
     steps = [stage_steps(args, count, args.policy_epochs) for count in (len(train.prompts), len(examples))]
     exp.run.fewer_steps(steps[0] - steps[1])
@@ -816,7 +763,8 @@ def distil(exp: StagedExperiment, sft_source, train: Split, samples: list, score
 
 
 def train_dpo(exp: StagedExperiment, stage: Stage, policy, examples: list[Example]) -> None:
-    """DPO on [chosen, rejected], the reference being the policy as it is when this begins (or began, if resumed). In spin.py too."""
+    """DPO on [chosen, rejected], the reference being the policy as it is when this begins (or began, if
+    resumed). In spin.py too."""
     examples = with_reference(exp, stage.name, policy, examples)
     beta = exp.args.beta
 

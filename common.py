@@ -3,7 +3,7 @@
 Sections, in the order data flows:
 
     tokenization    prompts and responses become token ids
-    sampling        replies of one model or of a per-token mixture of two; the loop itself is in cleanalign/decoding.py
+    sampling        replies of one model or of a per-token mixture of two (the loop: cleanalign/decoding.py)
     log-probs       per-token log-probabilities of completions, never a whole (tokens, vocabulary) matrix
     micro-batches   a step's prompts in parts that fit; the means of what was measured on them
 
@@ -82,7 +82,8 @@ __all__ = [
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed that is a function of its parts alone, so that a resumed run draws what the uninterrupted one would have."""
+    """A seed that is a function of its parts alone, so that a resumed run draws what the uninterrupted one
+    would have."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
@@ -90,7 +91,8 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, ready for the assistant's turn: chat template where there is one, plain text where there is none."""
+    """Token ids of a prompt, ready for the assistant's turn: chat template where there is one, plain text
+    where there is none."""
     if tokenizer.chat_template:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -101,7 +103,8 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
 
 
 def encode_response(tokenizer, prompt: Prompt, response: str, end: int, max_tokens: int) -> list[int]:
-    """Token ids of a data set's response, closed by the id `end`; cut (and then left open) at `max_tokens`."""
+    """Token ids of a data set's response, closed by the id `end`; cut (and then left open) at
+    `max_tokens`."""
     if not tokenizer.chat_template and isinstance(prompt, list):
         response = " " + response  # after "\n\nAssistant:"
     ids = tokenizer(response, add_special_tokens=False).input_ids
@@ -109,7 +112,8 @@ def encode_response(tokenizer, prompt: Prompt, response: str, end: int, max_toke
 
 
 def turn_end(tokenizer, ends: list[int]) -> int:
-    """The id that closes an assistant's turn: the first of `ends` that the chat template writes after one, else the tokenizer's."""
+    """The id that closes an assistant's turn: the first of `ends` that the chat template writes after one,
+    else the tokenizer's."""
     if tokenizer.chat_template:
         prompt = [{"role": "user", "content": "a"}]
         opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -126,9 +130,11 @@ def turn_end(tokenizer, ends: list[int]) -> int:
 def encode_rows(
     tokenizer, rows: list[Row], max_prompt_length: int, count: int | None, seed: int, what: str
 ) -> tuple[list[Row], list[list[int]]]:
-    """Up to `count` rows (None = all) in an order fixed by `seed`, one per distinct prompt, and their prompts' token ids.
+    """Up to `count` rows (None = all) in an order fixed by `seed`, one per distinct prompt, and their
+    prompts' token ids.
 
-    Prompts longer than `max_prompt_length` tokens are dropped and counted. Raises `UserError` if none is left.
+    Prompts longer than `max_prompt_length` tokens are dropped and counted. Raises `UserError` if none is
+    left.
     """
     order = list(rows)
     random.Random(seed).shuffle(order)
@@ -181,18 +187,22 @@ def sample(
     Args:
         model: the policy, or a reference.
         ends: ids that end a completion; the first one sampled is its last token.
-        temperature: divides the logits; 0 is greedy. `top_p` < 1 keeps the smallest set of tokens with that mass.
-        seed: row r's token t is drawn with the r,t-th of this seed's uniform numbers (inverse CDF), whatever else is
-            in its batch and whichever rows finish first.
-        mixture: (reference, beta): sample from π^(1−β) π_ref^β, renormalised for each token; each model keeps a
-            cache of its own. The token is π's own draw where `accept_or_redraw` lets it stand, so that π can draft ahead of π_ref.
-            β = 0 never runs the reference, β = 1 without `unmixed` never runs `model`.
+        temperature: divides the logits; 0 is greedy. `top_p` < 1 keeps the smallest set of tokens with that
+            mass.
+        seed: row r's token t is drawn with the r,t-th of this seed's uniform numbers (inverse CDF), whatever
+            else is in its batch and whichever rows finish first.
+        mixture: (reference, beta): sample from π^(1−β) π_ref^β, renormalised for each token; each model keeps
+            a cache of its own. The token is π's own draw where `accept_or_redraw` lets it stand, so that π
+            can draft ahead of π_ref. β = 0 never runs the reference, β = 1 without `unmixed` never runs
+            `model`.
         unmixed: of the completions, the first so many come from `model` alone, in the same forward passes.
-        max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its completions.
+        max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its
+            completions.
         decoding: how a step is launched, see `resolve_decoding`.
-        stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch shape, captures and
-            compilation. A mixture sets `agreement`, the share of tokens at which both models' most likely token is the same, and
-            where it drafts (`DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws too.
+        stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch
+            shape, captures and compilation. A mixture sets `agreement`, the share of tokens at which both
+            models' most likely token is the same, and where it drafts (`DraftingDecoder`) `draft_acceptance`,
+            the share of the policy's drafts that the mixture draws too.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
@@ -208,12 +218,10 @@ def sample(
         require_full_attention(member, longest + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(prompts), completions, max_new_tokens)
-    numbers = (
-        1 if reference is None else 3
-    )  # for each token: the draw; for a mixture also the test and the redraw
-    uniforms = torch.stack(
-        [torch.rand(shape, generator=generator) for _ in range(numbers)], -1
-    )  # (prompts, completions, T, numbers)
+    # for each token: the draw; for a mixture also the test and the redraw
+    numbers = 1 if reference is None else 3
+    # (prompts, completions, T, numbers)
+    uniforms = torch.stack([torch.rand(shape, generator=generator) for _ in range(numbers)], -1)
     replies: list = [None] * len(prompts)
     batches = -(-len(prompts) // max(1, max_rows // completions))
     step = -(-len(prompts) // batches)  # batches of one size
@@ -256,15 +264,17 @@ class Batch:
 
 
 def collate(prompts: list[list[int]], completions: list[list[list[int]]], device) -> Batch:
-    """Lay out G prompts and their K completions as one row each: left-padded prompt, then the K completions side by side.
+    """Lay out G prompts and their K completions as one row each: left-padded prompt, then the K completions
+    side by side.
 
-    A completion sees its prompt and itself, not its siblings, and its positions continue the prompt's. Its last
-    token is predicted but never fed, so it takes T − 1 places. Example, P = 2, K = 2, T = 3:
+    A completion sees its prompt and itself, not its siblings, and its positions continue the prompt's. Its
+    last token is predicted but never fed, so it takes T − 1 places. Example, P = 2, K = 2, T = 3:
 
         places:     p0 p1 | a0 a1 | b0 b1        source of a0 a1 a2: p1 a0 a1;  of b0 b1 b2: p1 b0 b1
 
-    Prompts with fewer than K completions are filled up with empty ones (mask 0). P is a multiple of 16 and T − 1 of 8: each new
-    shape costs kernels compiled anew and scattered memory, and a few shapes cost a little padding.
+    Prompts with fewer than K completions are filled up with empty ones (mask 0). P is a multiple of 16 and T
+    − 1 of 8: each new shape costs kernels compiled anew and scattered memory, and a few shapes cost a little
+    padding.
     """
     G, K = len(prompts), max(map(len, completions))
     T = 1 + round_up(max(len(c) for group in completions for c in group) - 1, 8)
@@ -281,9 +291,8 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
     position_ids = torch.cat(
         [(prompt_mask.cumsum(1) - 1).clamp(min=0), prompt_mask.sum(1, keepdim=True) + own], 1
     )
-    block = torch.cat(
-        [torch.full((P,), -1), torch.arange(K).repeat_interleave(T - 1)]
-    )  # -1 = prompt, else which completion
+    # -1 = prompt, else which completion
+    block = torch.cat([torch.full((P,), -1), torch.arange(K).repeat_interleave(T - 1)])
     order = torch.arange(len(block))
     structure = (order[:, None] >= order) & ((block == -1) | (block[:, None] == block))  # (L, L)
     real = torch.cat([prompt_mask.bool(), torch.ones(G, K * (T - 1), dtype=torch.bool)], 1)  # (G, L)
@@ -295,13 +304,15 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
 
 
 def count_tokens(prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[int, int]:
-    """Tokens a forward pass over these computes, every prompt once and each completion but its last token; and those it scores."""
+    """Tokens a forward pass over these computes, every prompt once and each completion but its last token;
+    and those it scores."""
     lengths = [len(c) for group in completions for c in group]
     return sum(map(len, prompts)) + sum(max(n - 1, 0) for n in lengths), sum(lengths)
 
 
 def completion_hidden(model, batch: Batch) -> torch.Tensor:
-    """Last hidden states (G, K, T, D): at t, of the position that predicts token t, which has seen the prompt and the tokens before t."""
+    """Last hidden states (G, K, T, D): at t, of the position that predicts token t, which has seen the prompt
+    and the tokens before t."""
     transformer = backbone(model)
     additive = torch.zeros(batch.allowed.shape, dtype=transformer.dtype, device=batch.input_ids.device)
     additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
@@ -316,15 +327,16 @@ def completion_hidden(model, batch: Batch) -> torch.Tensor:
 
 
 def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor = 1.0, entropy: bool = False):
-    """Log-probs (G, K, T) of every completion token under `model`, 0 where the mask is 0; float32, differentiable.
+    """Log-probs (G, K, T) of every completion token under `model`, 0 where the mask is 0; float32,
+    differentiable.
 
     Args:
-        temperature: divides the logits; a float, or (G, K) where completions differ (own samples at the sampling
-            temperature, a data set's at 1).
+        temperature: divides the logits; a float, or (G, K) where completions differ (own samples at the
+            sampling temperature, a data set's at 1).
         entropy: also return the entropy in nats of each token's distribution, (G, K, T), without gradient.
 
-    The vocabulary projection runs over counted positions only, in chunks, and again in backward, so that no whole
-    (tokens, V) matrix is ever held.
+    The vocabulary projection runs over counted positions only, in chunks, and again in backward, so that no
+    whole (tokens, V) matrix is ever held.
     """
     G, K, T = batch.mask.shape
     weight, bias, softcap = head(model)
@@ -333,9 +345,8 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((G, K), float(temperature), device=weight.device)
     per_token = temperature.to(weight.device)[:, :, None].expand(G, K, T)[counted]
-    divisor = (
-        None if (per_token == 1).all() else per_token[:, None]
-    )  # (N, 1): a division of (N, V) logits by 1 is a pass over memory
+    # (N, 1): a division of (N, V) logits by 1 is a pass over memory
+    divisor = None if (per_token == 1).all() else per_token[:, None]
     logprobs, entropies = _TokenLogprobs.apply(
         hidden[counted], weight, bias, batch.targets[counted], divisor, softcap, entropy
     )
@@ -346,14 +357,16 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of a (rows, V) float32 chunk of logits: 128 MB of them on a CPU, 512 MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better."""
+    """Rows of a (rows, V) float32 chunk of logits: 128 MB of them on a CPU, 512 MB elsewhere. Each chunk
+    rewrites the (V, D) gradient, so few are better."""
     return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden Wᵀ / temperature)[target] for N tokens, in chunks, recomputed in backward.
 
-    The work on (n, V) chunks is bound by memory, not arithmetic, so it is done in place and in as few passes as can be.
+    The work on (n, V) chunks is bound by memory, not arithmetic, so it is done in place and in as few passes
+    as can be.
     """
 
     @staticmethod
@@ -389,9 +402,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if temperature is not None:
                 logits.div_(temperature[rows])
                 scale = scale / temperature[rows]
-            delta = (
-                logits.sub_(normalizers[rows, None]).exp_().mul_(-scale)
-            )  # d log p / d logit = 1[target] − p
+            # d log p / d logit = 1[target] − p
+            delta = logits.sub_(normalizers[rows, None]).exp_().mul_(-scale)
             delta.scatter_add_(-1, targets[rows, None], scale)
             if slope is not None:
                 delta.mul_(slope)
@@ -405,8 +417,11 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight.add_(product)
             if ctx.needs_input_grad[2]:
                 grad_bias = delta.sum(0) if grad_bias is None else grad_bias.add_(delta.sum(0))
-        to = lambda g: None if g is None else g.to(weight.dtype)  # noqa: E731
-        return grad_hidden, to(grad_weight), to(grad_bias), None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
@@ -418,7 +433,8 @@ def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
 def sequence_logprobs(
     model, prompts, completions, temperature, device, micro_batch_tokens: int, progress: str | None = None
 ) -> list[list[float]]:
-    """Summed log-probs without gradient, [prompt][completion], for any number of prompts; `temperature` as in `completion_logprobs`, per prompt if a list of (K,) lists."""
+    """Summed log-probs without gradient, [prompt][completion], for any number of prompts; `temperature` as in
+    `completion_logprobs`, per prompt if a list of (K,) lists."""
     result: list = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
     for part in micro_batches(prompts, completions, micro_batch_tokens):
@@ -447,13 +463,17 @@ def pad_rows(rows: list[list[float]], fill: float, device) -> torch.Tensor:
 def micro_batches(
     prompts: list[list[int]], completions: list[list[list[int]]], max_tokens: int
 ) -> list[list[int]]:
-    """Split G prompts into lists of indices whose collated size, padding included, is at most `max_tokens` (or one prompt).
+    """Split G prompts into lists of indices whose collated size, padding included, is at most `max_tokens`
+    (or one prompt).
 
     Neighbours have the same number of completions and similar lengths, so little is padded.
     """
-    key = lambda i: (len(completions[i]), len(prompts[i]), max(map(len, completions[i])))  # noqa: E731
+
+    def size(i: int) -> tuple[int, int, int]:
+        return len(completions[i]), len(prompts[i]), max(map(len, completions[i]))
+
     parts, current = [], []
-    for i in sorted(range(len(prompts)), key=key):
+    for i in sorted(range(len(prompts)), key=size):
         wider = [*current, i]
         P = max(len(prompts[j]) for j in wider)
         K = max(len(completions[j]) for j in wider)
@@ -466,7 +486,8 @@ def micro_batches(
 
 
 class Means:
-    """Means over a step of what its micro-batches measured, weighted by their prompts. Kept on the device and read from it once."""
+    """Means over a step of what its micro-batches measured, weighted by their prompts. Kept on the device and
+    read from it once."""
 
     def __init__(self, prompts: int):
         self.prompts = prompts  # of the whole step

@@ -4,7 +4,7 @@ Sections:
 
     arguments     the machine's flags, which every script inherits; the checks that every script shares
     experiment    the record that a step reads and writes, and the calls that make it
-    stages        scripts in several stages (fine-tuning, a reward model, …), each of which leaves its result in the run folder
+    stages        scripts in several stages (fine-tuning, a reward model, …); finished ones stay finished
     evaluation    policy against the starting model on held-out prompts; samples.jsonl, model/
 """
 
@@ -73,7 +73,8 @@ __all__ = [
 
 @dataclass
 class RunArgs:
-    """The machine's flags: what they say changes where and how fast a run computes, and `seed` which of its draws it takes."""
+    """The machine's flags: what they say changes where and how fast a run computes, and `seed` which of its
+    draws it takes."""
 
     # run
     seed: int = 1
@@ -81,13 +82,13 @@ class RunArgs:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto is cuda, else mps, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser keeps:
-    --optimizer-states."""
+    """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser
+    keeps: --optimizer-states."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
     decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
-    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as graphs; auto is
-    graphs on CUDA."""
+    """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as
+    graphs; auto is graphs on CUDA."""
     run_dir: str = "runs"
     """Folder that holds the run folders."""
     run_name: str | None = None
@@ -97,7 +98,8 @@ class RunArgs:
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
     dry_run: bool = False
-    """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory and speed by phase."""
+    """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory
+    and speed by phase."""
 
 
 def check_common(args) -> None:
@@ -126,7 +128,8 @@ def flag(name: str) -> str:
 
 @dataclass
 class Experiment:
-    """What the steps of a run share. `rows` and `prompts` are index-aligned, and so are `eval_rows` and `eval_prompts`."""
+    """What the steps of a run share. `rows` and `prompts` are index-aligned, and so are `eval_rows` and
+    `eval_prompts`."""
 
     script: str
     args: RunArgs
@@ -147,13 +150,15 @@ class Experiment:
     state: dict | None = None  # the checkpoint that a resumed run goes on from
 
     def begin(self, steps: int) -> None:
-        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good."""
+        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be
+        good."""
         self.run = Run(self.script, self.args, steps)
         self.run.create()
         self.state = self.run.restore()
 
     def sample(self, prompts: list[list[int]], seed: int, completions: int = 1, model=None, **more):
-        """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are its other arguments."""
+        """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are
+        its other arguments."""
         stats: dict = {}
         settings = {**sampling_settings(self), **more}
         with self.run.phase("sampling"):
@@ -170,7 +175,8 @@ class Experiment:
         return [[common.decode(self.tokenizer, reply) for reply in group] for group in replies]
 
     def finish(self, curves: tuple[str, ...], more: dict | None = None) -> None:
-        """Compare policy and starting model on held-out prompts, save the policy, write the summary (with `more` in it) and curves."""
+        """Compare policy and starting model on held-out prompts, save the policy, write the summary (with
+        `more` in it) and curves."""
         if self.args.dry_run:
             return self.run.finish_dry_run(self.policy)
         if self.reference is None:
@@ -183,7 +189,8 @@ class Experiment:
 
 
 def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
-    """The experiment that `args` describe: judges, data, policy and, where `args.holds()` says so, the reference beside it.
+    """The experiment that `args` describe: judges, data, policy and, where `args.holds()` says so, the
+    reference beside it.
 
     What fails cheaply fails first, and nothing is written yet: `Experiment.begin` makes the run folder.
 
@@ -232,9 +239,8 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
 def rows_at_once(args, members: list, dtype: torch.dtype) -> int:
     """`choose_sample_rows` for a run's models, beside what its optimiser and its average will hold."""
     states = sum(bytes_per_weight(args.optimizer_states, dtype).values())
-    states += args.holds().average * (
-        4 + dtype.itemsize
-    )  # the average, and while it plays the policy's own weights
+    # the average, and while it plays the policy's own weights
+    states += args.holds().average * (4 + dtype.itemsize)
     return choose_sample_rows(args.sample_rows, members, args.max_prompt_length + args.max_new_tokens, states)
 
 
@@ -257,14 +263,14 @@ def sampling_settings(exp: Experiment) -> dict:
 
 @dataclass
 class Example:
-    """One prompt's training example: [demonstration] for SFT, [positive, negative] for a reward model, [chosen, rejected] for DPO."""
+    """One prompt's training example: [demonstration] for SFT, [positive, negative] for a reward model,
+    [chosen, rejected] for DPO."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
     completions: list[list[int]]  # lists of token ids
-    temperature: list[
-        float
-    ]  # of each completion: the sampling temperature for own ones, 1 for demonstrations
+    # of each completion: the sampling temperature for own ones, 1 for demonstrations
+    temperature: list[float]
     reference: list[float] | None = None  # summed reference log-prob of each completion
 
 
@@ -279,7 +285,8 @@ class Split:
 
 @dataclass
 class Stage:
-    """A stage of training: its name in the logs, its passes over the examples, its peak learning rate, how a batch is laid out."""
+    """A stage of training: its name in the logs, its passes over the examples, its peak learning rate, how a
+    batch is laid out."""
 
     name: str
     epochs: int
@@ -289,8 +296,8 @@ class Stage:
 
 @dataclass
 class StagedExperiment(Experiment):
-    """An experiment in stages. Each loads the models it needs and lets them go; its result stays in the run folder, so that a
-    resumed run takes finished stages from there."""
+    """An experiment in stages. Each loads the models it needs and lets them go; its result stays in the run
+    folder, so that a resumed run takes finished stages from there."""
 
     done: list[str] = field(default_factory=list)  # names of finished stages
 
@@ -307,7 +314,8 @@ class StagedExperiment(Experiment):
         return make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
 
     def kept_samples(self, name: str, model, prompts: list[list[int]], completions: int):
-        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads them."""
+        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads
+        them."""
         file = self.run.folder / "replies" / f"{name}.json"
         if not file.exists():
             seed, progress = common.derive_seed(self.args.seed, name), f"sampling: {name}"
@@ -336,8 +344,8 @@ class StagedExperiment(Experiment):
 
 
 def set_up_stages(script: str, args) -> StagedExperiment:
-    """The experiment of a script in stages: judges, tokenizer, what ends a reply. Data and models come with `load_demonstrations`
-    and the stages; the starting model is read once, for what it tells, and let go."""
+    """The experiment of a script in stages: judges, tokenizer, what ends a reply. Data and models come with
+    `load_demonstrations` and the stages; the starting model is read once, for what it tells, and let go."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     judge = load_judge(args.judge, device)
@@ -352,11 +360,13 @@ def set_up_stages(script: str, args) -> StagedExperiment:
 
 
 def load_demonstrations(exp: Experiment, aside: int, columns: tuple[str, ...] = ()):
-    """Demonstrations set aside and to train on, as two splits, and the data set's training rows; the experiment gets the rest's prompts.
+    """Demonstrations set aside and to train on, as two splits, and the data set's training rows; the
+    experiment gets the rest's prompts.
 
     Args:
         aside: how many demonstrations to set apart from training.
-        columns: what each row of --dataset must have beyond its prompt and, where it holds them, the demonstrations.
+        columns: what each row of --dataset must have beyond its prompt and, where it holds them, the
+            demonstrations.
 
     Raises `UserError` where demonstrations are missing, or a held-out prompt is among them.
     """
@@ -393,7 +403,8 @@ def load_demonstrations(exp: Experiment, aside: int, columns: tuple[str, ...] = 
 def train_stage(
     exp: StagedExperiment, stage: Stage, model, examples: list[Example], loss_of: Callable
 ) -> None:
-    """Train `model` on `examples`: loss_of(examples, batch) gives a micro-batch's mean loss and what else to log, both tensors.
+    """Train `model` on `examples`: loss_of(examples, batch) gives a micro-batch's mean loss and what else to
+    log, both tensors.
 
     No training path may ask the judge: it is sealed meanwhile.
     """
@@ -433,7 +444,8 @@ def stage_steps(args, examples: int, epochs: int) -> int:
 
 
 def stage_batches(args, stage: Stage, examples: int) -> list[list[int]]:
-    """Indices of every optimiser step of a stage: each epoch in an order of its own, `--max-steps` at most."""
+    """Indices of every optimiser step of a stage: each epoch in an order of its own, `--max-steps` at
+    most."""
     batches = []
     for epoch in range(stage.epochs):
         order = list(range(examples))
@@ -443,7 +455,8 @@ def stage_batches(args, stage: Stage, examples: int) -> list[list[int]]:
 
 
 def with_reference(exp: StagedExperiment, name: str, model, examples: list[Example]) -> list[Example]:
-    """The examples with `model`'s summed log-probs as their reference, kept in the run folder: a resumed run trains on the very same."""
+    """The examples with `model`'s summed log-probs as their reference, kept in the run folder: a resumed run
+    trains on the very same."""
     file = exp.run.folder / "replies" / f"{name}-pairs.json"
     if not file.exists():
         columns = [
@@ -482,9 +495,10 @@ def sealed(judge: Judge):
 def evaluate(exp: Experiment) -> dict:
     """Policy against the starting model on held-out prompts, one sampled reply a side; writes samples.jsonl.
 
-    Returns the summary's figures. win_rate = mean of 1[p > ½] + ½ · 1[p = ½], p = p(policy ≻ start); kl = mean over
-    the policy's replies of log π(y) − log π_start(y), nats per reply, an estimate of KL(policy ‖ start): unbiased at top-p 1 and
-    the sampling temperature. Both orders are asked of a judge without a scalar.
+    Returns the summary's figures. win_rate = mean of 1[p > ½] + ½ · 1[p = ½], p = p(policy ≻ start); kl =
+    mean over the policy's replies of log π(y) − log π_start(y), nats per reply, an estimate of KL(policy ‖
+    start): unbiased at top-p 1 and the sampling temperature. Both orders are asked of a judge without a
+    scalar.
     """
     args, judge, eval_judge = exp.args, exp.judge, exp.eval_judge
     seed = common.derive_seed("evaluation", 0)
@@ -542,7 +556,8 @@ def evaluate(exp: Experiment) -> dict:
 def write_samples(
     exp: Experiment, texts: dict[str, list[str]], p: list[float], p_eval: list[float] | None
 ) -> None:
-    """samples.jsonl: all held-out prompts, both answers and what the judges say, so that anybody can count again."""
+    """samples.jsonl: all held-out prompts, both answers and what the judges say, so that anybody can count
+    again."""
     columns = (exp.eval_rows, texts["start"], texts["policy"], p, p_eval or [None] * len(p))
     with open(exp.run.folder / "samples.jsonl", "w") as file:
         for row, start, policy, preference, other in zip(*columns, strict=True):

@@ -1,13 +1,17 @@
 """Online-IPO and IPO-MD, with online DPO and online SLiC on the same stream. arXiv 2403.08635.
 
-The idea: IPO's loss on pairs that the policy itself samples has the regularised Nash equilibrium of the preference game as its
-stationary point; IPO-MD samples them from a geometric mixture of policy and reference, as Nash-MD does.
+The idea: IPO's loss on pairs that the policy itself samples has the regularised Nash equilibrium of the
+preference game as its stationary point; IPO-MD samples them from a geometric mixture of policy and reference,
+as Nash-MD does.
 
 Departures from the paper:
- 1. The mixture is taken per token, π^(1−β) π_ref^β renormalised at every token, as the paper's runs do; its theory is for whole
-    sequences. The two agree at β = 0, at β = 1 and for one-token replies (docs/theory.md shows how far apart they are).
- 2. Labels are the judge's soft p (default), Bernoulli(p) draws, or argmax; argmax solves another game, that of 1[p > ½].
- 3. The loss is (h − 1/(2τ))²; the paper's code is reported to multiply it by τ, so its learning rates carry over at τ = 1 only.
+ 1. The mixture is taken per token, π^(1−β) π_ref^β renormalised at every token, as the paper's runs do; its
+    theory is for whole sequences. The two agree at β = 0, at β = 1 and for one-token replies (docs/theory.md
+    shows how far apart they are).
+ 2. Labels are the judge's soft p (default), Bernoulli(p) draws, or argmax; argmax solves another game, that
+    of 1[p > ½].
+ 3. The loss is (h − 1/(2τ))²; the paper's code is reported to multiply it by τ, so its learning rates carry
+    over at τ = 1 only.
  4. DPO and SLiC get the same soft weighting, p f(h) + (1 − p) f(−h).
  5. AdamW in place of Adafactor.
  6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights.
@@ -38,7 +42,7 @@ from judges import judge_candidates
 class Args(RunArgs):
     """Online-IPO, IPO-MD, online DPO and online SLiC (arXiv 2403.08635).
 
-    python ipo_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
+    python ipo_md.py     learns on a laptop in minutes, needs no GPU and no model hub
 
     python ipo_md.py --model pythia-1b-tldr --judge hf:ID   summarisation, the paper's task, on one GPU
 
@@ -63,8 +67,8 @@ class Args(RunArgs):
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that answers A or B)
-    or FILE.py:FUNCTION; see docs/judges.md."""
+    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that
+    answers A or B) or FILE.py:FUNCTION; see docs/judges.md."""
     eval_judge: str | None = "polarity"
     """A second judge that is never trained on; None for none."""
     eval_prompts: int = 128
@@ -76,9 +80,11 @@ class Args(RunArgs):
     tau: float = 0.03
     """Strength of the tie to the reference, τ."""
     beta: float = 0.125
-    """Share of the reference in the mixture that both replies are sampled from; 0 is online-IPO, 1 samples the reference."""
+    """Share of the reference in the mixture that both replies are sampled from; 0 is online-IPO, 1 samples
+    the reference."""
     labels: Literal["soft", "bernoulli", "argmax"] = "soft"
-    """What the judge's p becomes: itself, a coin flip of that chance, or 1[p > 1/2] (another game; ties stay 1/2)."""
+    """What the judge's p becomes: itself, a coin flip of that chance, or 1[p > 1/2] (another game; ties stay
+    1/2)."""
     length_normalize: bool = False
     """Divide each reply's log-probs by its length, as TRL's offline trainer does; the paper sums."""
     offline: bool = False
@@ -98,7 +104,8 @@ class Args(RunArgs):
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """Learning rate after the warm-up."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments
+    and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -116,7 +123,8 @@ class Args(RunArgs):
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 64
-    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice
+    stands in args.json."""
 
     def holds(self) -> Holds:
         """Beside the policy: the reference. A row of training holds a prompt's two replies."""
@@ -197,14 +205,16 @@ def preference_loss(
     tau: float,
     kind: Literal["ipo", "dpo", "slic"] = "ipo",
 ) -> torch.Tensor:
-    """Online-IPO's loss, or its sibling's, on two sampled completions; a scalar to minimise (mean over the batch).
+    """Online-IPO's loss, or its sibling's, on two sampled completions; a scalar to minimise (mean over the
+    batch).
 
     Args:
         policy_a, policy_b: (B,) log π(y) and log π(y'), summed over tokens, in nats.
         reference_a, reference_b: (B,) the same under π_ref.
         preference: (B,) p(a ≻ b) in [0, 1]; hard labels are 0 and 1.
         tau: strength of the tie to the reference.
-        kind: ipo, arXiv 2403.08635, Eq. 7; dpo, arXiv 2305.18290, Eq. 7; slic, arXiv 2305.10425, as a hinge on τh.
+        kind: ipo, arXiv 2403.08635, Eq. 7; dpo, arXiv 2305.18290, Eq. 7; slic, arXiv 2305.10425, as a hinge
+            on τh.
 
     Each is p · f(h) + (1 − p) · f(−h), with h = log[π(a)/π_ref(a)] − log[π(b)/π_ref(b)].
     """
@@ -253,9 +263,8 @@ def collect(exp: Experiment, indices: list[int], step: int) -> tuple[list[Pair],
         scores, matrices = judge_candidates(exp.judge, [row.prompt for row in rows], texts)
         preferences = [matrix[0, 1].item() for matrix in matrices]  # p(a ≻ b)
 
-    metrics = {
-        "preference": sum(max(p, 1 - p) for p in preferences) / len(preferences)
-    }  # how decided the judge is: ½ to 1
+    # how decided the judge is: ½ to 1
+    metrics = {"preference": sum(max(p, 1 - p) for p in preferences) / len(preferences)}
     if "agreement" in stats:
         metrics["mixture_agreement"] = stats["agreement"]
     if scores is not None:
@@ -269,7 +278,8 @@ def collect(exp: Experiment, indices: list[int], step: int) -> tuple[list[Pair],
 
 
 def label_of(kind: Literal["soft", "bernoulli", "argmax"], p: float, coin: random.Random) -> float:
-    """What the judge's p(a ≻ b) becomes in the loss: itself, a draw with that chance, or 1[p > ½] (ties stay ½)."""
+    """What the judge's p(a ≻ b) becomes in the loss: itself, a draw with that chance, or 1[p > ½] (ties stay
+    ½)."""
     if kind == "soft" or (kind == "argmax" and p == 0.5):
         return p
     return float(coin.random() < p) if kind == "bernoulli" else float(p > 0.5)
@@ -289,7 +299,7 @@ def offline_pairs(exp: Experiment, rows: list, prompts: list[list[int]]) -> list
 
 def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learning_rate: float) -> dict:
     """One optimiser step on B pairs, in micro-batches; returns its metrics."""
-    args, run = exp.args, exp.run
+    args, run, policy, reference = exp.args, exp.run, exp.policy, exp.reference
     temperature = 1.0 if args.offline else args.temperature
     prompts, completions = [p.prompt for p in batch], [p.completions for p in batch]
     means = common.Means(len(batch))
@@ -298,10 +308,8 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
         label = torch.tensor([p.label for p in pairs], device=exp.device)  # (G,)
         with torch.no_grad(), run.phase("reference"):
-            reference_logprobs = common.completion_logprobs(exp.reference, data, temperature)  # (G, 2, T)
-        logprobs, entropy = common.completion_logprobs(
-            exp.policy, data, temperature, entropy=True
-        )  # (G, 2, T)
+            reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, 2, T)
+        logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, 2, T)
         lengths = data.mask.sum(-1)  # (G, 2)
         scale = 1 / lengths if args.length_normalize else torch.ones_like(lengths)
         sums, reference_sums = logprobs.sum(-1) * scale, reference_logprobs.sum(-1) * scale  # (G, 2)

@@ -3,15 +3,16 @@
     --judge sentiment          VADER's compound score; p = σ(4 · (compound(a) − compound(b)))
     --judge polarity           TextBlob's polarity, an independent lexicon; p as above
     --judge cycle              question ≻ exclamation ≻ statement ≻ question: no scalar can express it
-    --judge hf:ID              a sequence-classification reward model with its own tokenizer; p = σ(r(a) − r(b))
-    --judge pairrm             PairRM, SELM's judge, reads both replies at once; pairrm:ID or pairrm:FOLDER for another copy
+    --judge hf:ID              a sequence-classification reward model; p = σ(r(a) − r(b))
+    --judge pairrm             PairRM, SELM's judge, reads both replies at once; pairrm:ID for another copy
     --judge pairwise:ID        a causal language model that answers A or B, in RLHFlow's format
-    --judge random             a number made of the reply's characters: for --dry-run; there is nothing to learn from it
-    --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; need not come from any scalar.
+    --judge random             a number made of the reply's characters: for --dry-run; nothing to learn from
+    --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; it need not come from a scalar.
                                Or a reward f(prompts, replies) -> r for each; p = σ(r(a) − r(b))
 
-Judges see text, batched. Nothing forces a judge through a scalar: ask `preference`, or `preference_matrix` for
-more than two candidates; `score` is None where there is no scalar. docs/judges.md has formulas, cost and what is untested.
+Judges see text, batched. Nothing forces a judge through a scalar: ask `preference`, or `preference_matrix`
+for more than two candidates; `score` is None where there is no scalar. docs/judges.md has formulas, cost and
+what is untested.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so
 class Judge:
     """A judge by name, with a `preference` and, where it has one, a scalar `score`.
 
-    preference(prompts, a, b) -> (B,) float32 tensor of p(a ≻ b); score(prompts, replies) -> (B,) float32, or None.
-    Where there is a score, p(a ≻ b) = σ(scale · (score(a) − score(b))). measure(replies) gives metrics of its own, to be logged.
-    `symmetric` judges give p(a ≻ b) + p(b ≻ a) = 1 by construction, so asking in the other order would tell nothing.
+    preference(prompts, a, b) -> (B,) float32 tensor of p(a ≻ b); score(prompts, replies) -> (B,) float32, or
+    None. Where there is a score, p(a ≻ b) = σ(scale · (score(a) − score(b))). measure(replies) gives metrics
+    of its own, to be logged. `symmetric` judges give p(a ≻ b) + p(b ≻ a) = 1 by construction, so asking in
+    the other order would tell nothing.
     """
 
     name: str
@@ -59,7 +61,8 @@ class Judge:
 
 
 def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--judge") -> Judge:
-    """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not there."""
+    """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not
+    there."""
     if spec in LEXICONS:
         return scalar_judge(spec, LEXICONS[spec](), scale=LEXICON_SCALE)
     if spec == "cycle":
@@ -131,7 +134,8 @@ def cycle_preference(prompts, a, b) -> torch.Tensor:
 
 
 def cycle_measure(replies: list[str]) -> dict[str, float]:
-    """Share of each style, and the exploitability of this mix: the best style's win rate against it, minus ½."""
+    """Share of each style, and the exploitability of this mix: the best style's win rate against it, minus
+    ½."""
     shares = torch.bincount(torch.tensor([style(reply) for reply in replies]), minlength=3).double() / len(
         replies
     )
@@ -146,12 +150,15 @@ def cycle_measure(replies: list[str]) -> dict[str, float]:
 
 
 def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16) -> Callable:
-    """score(prompts, replies) of a sequence-classification model, read through its own tokenizer and template.
+    """score(prompts, replies) of a sequence-classification model, read through its own tokenizer and
+    template.
 
-    With a chat template the conversation goes through it. Without one, an encoder gets the pair (prompt, reply); a decoder
-    what a policy without one reads and writes: a plain prompt and the reply after a space (TL;DR's reward models are trained
-    so), or a list of messages as HH-RLHF's "Human: … Assistant: …" text. One label is the reward; of two, the second's logit minus the
-    first's. Texts longer than the model's limit lose their beginning, never the reply's end.
+    With a chat template the conversation goes through it. Without one, an encoder gets the pair (prompt,
+    reply); a decoder
+    what a policy without one reads and writes: a plain prompt and the reply after a space (TL;DR's reward
+    models are trained so), or a list of messages as HH-RLHF's "Human: … Assistant: …" text. One label is the
+    reward; of two, the second's logit minus the first's. Texts longer than the model's limit lose their
+    beginning, never the reply's end.
     """
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
     with hub_errors(flag, name):
@@ -208,7 +215,8 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
 
 
 def conversation(prompt: Prompt) -> list[dict]:
-    """The prompt as user and assistant messages. These judges know no system message: it goes in front of the first user's."""
+    """The prompt as user and assistant messages. These judges know no system message: it goes in front of the
+    first user's."""
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if messages[0]["role"] == "system" and len(messages) > 1:
         first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
@@ -217,7 +225,8 @@ def conversation(prompt: Prompt) -> list[dict]:
 
 
 def by_length(rows: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Indices of token rows, shortest first, in parts of at most `max_tokens` (or one row), padding included."""
+    """Indices of token rows, shortest first, in parts of at most `max_tokens` (or one row), padding
+    included."""
     parts: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if parts and (len(parts[-1]) + 1) * len(rows[i]) <= max_tokens:
@@ -227,16 +236,22 @@ def by_length(rows: list[list[int]], max_tokens: int) -> list[list[int]]:
     return parts
 
 
-PAIRRM_ID = "llm-blender/PairRM-hf"  # the authors' conversion of llm-blender/PairRM; unlike that, it carries its DeBERTa config
+# the authors' conversion of llm-blender/PairRM; unlike that, it carries its DeBERTa config
+PAIRRM_ID = "llm-blender/PairRM-hf"
 PAIRRM_MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 PAIRRM_LENGTHS = (1224, 412)  # tokens of source and candidate: PairRM-hf's card has them, its config does not
-PAIRRM_TASK = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."  # sic: trained so
+# sic: trained so
+PAIRRM_TASK = (
+    "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
+)
 
 
 class PairRM(torch.nn.Module):
-    """DeBERTa-v2 over source and both candidates, each begun by a mark, and a head that scores a candidate (arXiv 2306.02561).
+    """DeBERTa-v2 over source and both candidates, each begun by a mark, and a head that scores a candidate
+    (arXiv 2306.02561).
 
-    Parameters have the names they have in both checkpoints of the hub, whose head has dropouts where the identities stand.
+    Parameters have the names they have in both checkpoints of the hub, whose head has dropouts where the
+    identities stand.
     """
 
     def __init__(self, config: transformers.DebertaV2Config, tasks: int):
@@ -250,25 +265,28 @@ class PairRM(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, marks: torch.Tensor
     ) -> torch.Tensor:
-        """(B,) log-odds, score of candidate 1 minus that of candidate 2, from (B, L) ids and mask and the (B, 3) places of the marks."""
+        """(B,) log-odds, score of candidate 1 minus that of candidate 2, from (B, L) ids and mask and the (B,
+        3) places of the marks."""
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # (B, D) each
         source, *candidates = (
             hidden.gather(1, marks[:, :, None].expand(-1, -1, hidden.shape[-1])).float().unbind(1)
-        )  # (B, D) each
-        first, second = (
-            self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates
-        )  # (B, tasks)
+        )
+        # (B, tasks)
+        first, second = (self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates)
         return (first - second).mean(-1)
 
 
 def load_pairrm(
     name: str, device, flag: str = "--judge"
 ) -> tuple[PairRM, tokenizers.Tokenizer, tuple[int, int]]:
-    """Model, tokenizer and longest (source, candidate) of a hub id or folder, in the layout of PairRM-hf or of the original PairRM.
+    """Model, tokenizer and longest (source, candidate) of a hub id or folder, in the layout of PairRM-hf or
+    of the original PairRM.
 
-    The original's config.json describes a ranker and names the base model whose DeBERTa config holds; PairRM-hf's is that
-    config. The tokenizer is tokenizer.json as it stands: `AutoTokenizer` of transformers 5 would rebuild it without its
-    normaliser. Float32, or as in the package float16 on CUDA; the head always in float32.
+    The original's config.json describes a ranker and names the base model whose DeBERTa config holds;
+    PairRM-hf's is that config. The tokenizer is tokenizer.json as it stands: `AutoTokenizer` of transformers
+    5 would rebuild it without its normaliser. Float32, or as in the package float16 on CUDA; the head always
+    in float32.
     """
     require(bool(name), f"{flag} pairrm:ID needs a hub id or folder after 'pairrm:'.")
 
@@ -276,9 +294,8 @@ def load_pairrm(
         with hub_errors(flag, name):
             paths = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files]
             if not any(paths) and not Path(name).is_dir():
-                cached_file(
-                    name, files[0]
-                )  # raises, saying why: no network, no such repository, no such file
+                # raises, saying why: no network, no such repository, no such file
+                cached_file(name, files[0])
         require(any(paths), f"{flag} pairrm:{name}: no {files[0]} there.{hint}")
         return next(filter(None, paths))
 
@@ -286,7 +303,8 @@ def load_pairrm(
     original = written.get("ranker_type") == "pairranker"
     require(
         original or written.get("model_type") == "deberta-v2",
-        f"{flag} pairrm:{name}: its config.json is neither PairRM's (ranker_type pairranker) nor PairRM-hf's (model_type deberta-v2).",
+        f"{flag} pairrm:{name}: its config.json is neither PairRM's (ranker_type pairranker) nor "
+        "PairRM-hf's (model_type deberta-v2).",
     )
     base = written["model_name"] if original else name
     with hub_errors(flag, base):
@@ -343,7 +361,8 @@ def load_pairrm(
 
 
 def pairrm_texts(prompt: Prompt, *replies: str) -> list[str]:
-    """[source, candidate, …]: a single turn as it is; of a dialogue all user turns and all assistant turns, in the package's words."""
+    """[source, candidate, …]: a single turn as it is; of a dialogue all user turns and all assistant turns,
+    in the package's words."""
     messages = conversation(prompt)
     if len(messages) == 1:
         return [messages[0]["content"], *replies]
@@ -365,8 +384,8 @@ def pairrm_ids(
 ) -> tuple[list[int], list[int]]:
     """Token ids of [source, candidate 1, candidate 2] in one row, and the places of their three marks.
 
-    Each is [CLS] mark text [SEP], cut at the text's end. `lengths` are the longest source and candidate, those three included;
-    what the source leaves free is shared by the candidates.
+    Each is [CLS] mark text [SEP], cut at the text's end. `lengths` are the longest source and candidate,
+    those three included; what the source leaves free is shared by the candidates.
     """
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     row, places, longest = [], [], lengths[0]
@@ -380,11 +399,12 @@ def pairrm_ids(
 
 
 def pairrm(name: str, device, flag: str = "--judge", max_tokens: int = 4096) -> Callable:
-    """preference(prompts, a, b) of PairRM: p(a ≻ b) = σ(½ [s(a, b) − s(b, a)]), with s(first, second) the model's logit for `first`.
+    """preference(prompts, a, b) of PairRM: p(a ≻ b) = σ(½ [s(a, b) − s(b, a)]), with s(first, second) the
+    model's logit for `first`.
 
-    s was trained as the log-odds of a single order (loss −log σ(s)). The package's `compare` adds both orders, s(a, b) − s(b, a),
-    which has the same sign and twice the size; half of it is the mean, the scale that was trained. `max_tokens` bounds a
-    forward pass, padding included.
+    s was trained as the log-odds of a single order (loss −log σ(s)). The package's `compare` adds both
+    orders, s(a, b) − s(b, a), which has the same sign and twice the size; half of it is the mean, the scale
+    that was trained. `max_tokens` bounds a forward pass, padding included.
     """
     model, tokenizer, lengths = load_pairrm(name, device, flag)
 
@@ -397,9 +417,8 @@ def pairrm(name: str, device, flag: str = "--judge", max_tokens: int = 4096) -> 
         )
         logits = torch.zeros(len(rows))
         for part in tqdm(by_length(rows, max_tokens), desc="judge", leave=False, disable=len(rows) < 128):
-            ids = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(rows[i]) for i in part], batch_first=True
-            )  # (b, L)
+            # (b, L)
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], batch_first=True)
             mask = torch.arange(ids.shape[1]) < torch.tensor([[len(rows[i])] for i in part])
             marks = torch.tensor([places[i] for i in part])
             logits[part] = model(ids.to(device), mask.long().to(device), marks.to(device)).cpu()
@@ -409,7 +428,8 @@ def pairrm(name: str, device, flag: str = "--judge", max_tokens: int = 4096) -> 
 
 
 def pairwise_question(prompt: Prompt, a: str, b: str) -> str:
-    """What RLHFlow's preference models are asked (card of RLHFlow/pair-preference-model-LLaMA3-8B); the answer is the token A or B."""
+    """What RLHFlow's preference models are asked (card of RLHFlow/pair-preference-model-LLaMA3-8B); the
+    answer is the token A or B."""
     context = "".join(
         f"\n<turn> {message['role']}\n {message['content']}" for message in conversation(prompt)
     )
@@ -417,11 +437,13 @@ def pairwise_question(prompt: Prompt, a: str, b: str) -> str:
 
 
 def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 16_384) -> Callable:
-    """preference(prompts, a, b) of a causal model that answers A or B: p(a ≻ b) = σ(logit of A − logit of B), at temperature 1.
+    """preference(prompts, a, b) of a causal model that answers A or B: p(a ≻ b) = σ(logit of A − logit of B),
+    at temperature 1.
 
-    One order; `both_orders` averages the two, as the model's card does. The question is a user's message in the model's chat
-    template, without the beginning-of-sequence token; the answer's first token is read after the assistant's header. A
-    question longer than the model's limit loses its beginning. `max_tokens` bounds a forward pass, padding included.
+    One order; `both_orders` averages the two, as the model's card does. The question is a user's message in
+    the model's chat template, without the beginning-of-sequence token; the answer's first token is read after
+    the assistant's header. A question longer than the model's limit loses its beginning. `max_tokens` bounds
+    a forward pass, padding included.
     """
     require(bool(name), f"{flag} pairwise:ID needs a hub id or folder after 'pairwise:'.")
     with hub_errors(flag, name):
@@ -440,7 +462,8 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
     single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
     require(
         single,
-        f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} and {answers[1]}.",
+        f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} "
+        f"and {answers[1]}.",
     )
     token_a, token_b = answers[0][0], answers[1][0]
     limit = getattr(model.config, "max_position_embeddings", 8192)
@@ -475,10 +498,11 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
 
 
 def function_judge(spec: str, flag: str = "--judge") -> Judge:
-    """`FILE.py:FUNCTION`, f(prompts: list[str], a: list[str], b: list[str]) -> sequence of p(a ≻ b), checked on every call.
+    """`FILE.py:FUNCTION`, f(prompts: list[str], a: list[str], b: list[str]) -> sequence of p(a ≻ b), checked
+    on every call.
 
-    A function of two arguments, f(prompts, replies) -> sequence of rewards, makes a judge with a scalar. An attribute `measure` of
-    the function, replies -> {name: value}, is the judge's own.
+    A function of two arguments, f(prompts, replies) -> sequence of rewards, makes a judge with a scalar. An
+    attribute `measure` of the function, replies -> {name: value}, is the judge's own.
     """
     path, _, name = spec.rpartition(":")
     require(Path(path).is_file(), f"{flag} {spec}: no file {path}.")
@@ -509,7 +533,8 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
             raise UserError(f"{flag} {spec}: raised {type(error).__name__}: {error}{where}") from error
         require(
             len(answer) == len(texts),
-            f"{flag} {spec}: returned {len(answer)} values for {len(texts)} {kind}; one {one} for each is needed.",
+            f"{flag} {spec}: returned {len(answer)} values for {len(texts)} {kind}; one {one} for each is "
+            "needed.",
         )
         for i, value in enumerate(answer):
             try:
@@ -519,7 +544,8 @@ def function_judge(spec: str, flag: str = "--judge") -> Judge:
             shown = " and ".join(repr(column[i][:60]) for column in replies)
             require(
                 fine,
-                f"{flag} {spec}: value {i} is {value!r}; {'a reward is a number' if scalar else 'a preference lies in [0, 1]'}. For: {shown}.",
+                f"{flag} {spec}: value {i} is {value!r}; "
+                f"{'a reward is a number' if scalar else 'a preference lies in [0, 1]'}. For: {shown}.",
             )
         return [float(value) for value in answer]
 
@@ -555,7 +581,8 @@ def _line_in(path: str, error: BaseException) -> str:
 
 
 def both_orders(judge: Judge, prompts: list[Prompt], a: list[str], b: list[str]) -> torch.Tensor:
-    """(B,) p(a ≻ b) free of position bias: ½ [p(a ≻ b) + 1 − p(b ≻ a)]. A scalar or symmetric judge has none and is asked once."""
+    """(B,) p(a ≻ b) free of position bias: ½ [p(a ≻ b) + 1 − p(b ≻ a)]. A scalar or symmetric judge has none
+    and is asked once."""
     p = judge.preference(prompts, a, b)
     return (
         p if judge.score is not None or judge.symmetric else 0.5 * (p + 1 - judge.preference(prompts, b, a))
@@ -566,17 +593,20 @@ def both_orders(judge: Judge, prompts: list[Prompt], a: list[str], b: list[str])
 
 
 def preference_matrix(judge: Judge, prompts: list[Prompt], candidates: list[list[str]]) -> list[torch.Tensor]:
-    """For each prompt the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal, as in `judge_candidates`."""
+    """For each prompt the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal, as in
+    `judge_candidates`."""
     return judge_candidates(judge, prompts, candidates)[1]
 
 
 def judge_candidates(
     judge: Judge, prompts: list[Prompt], candidates: list[list[str]], average: bool = True
 ) -> tuple[list[torch.Tensor] | None, list[torch.Tensor]]:
-    """For each prompt its candidates' scores (K,), and the (K, K) matrix of p(candidate i ≻ candidate j), ½ on the diagonal.
+    """For each prompt its candidates' scores (K,), and the (K, K) matrix of p(candidate i ≻ candidate j), ½
+    on the diagonal.
 
-    A scalar judge scores each candidate once (its preferences have no position bias). Any other judge has no scores, None, and is
-    asked about every pair by `both_orders`, p = ½ [p(i ≻ j) + 1 − p(j ≻ i)]; without `average` once, the earlier candidate first.
+    A scalar judge scores each candidate once (its preferences have no position bias). Any other judge has no
+    scores, None, and is asked about every pair by `both_orders`, p = ½ [p(i ≻ j) + 1 − p(j ≻ i)]; without
+    `average` once, the earlier candidate first.
     """
     if judge.score is not None:
         flat = [(prompt, reply) for prompt, group in zip(prompts, candidates, strict=True) for reply in group]
@@ -602,7 +632,8 @@ def judge_candidates(
 def golden_of(
     judge: Judge, prompts: list[Prompt], texts: list[list[str]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The judge's score (G, M) and preferences (G, M, M) of M replies to each prompt; without a scalar, the mean preference is the score."""
+    """The judge's score (G, M) and preferences (G, M, M) of M replies to each prompt; without a scalar, the
+    mean preference is the score."""
     scores, matrices = judge_candidates(judge, prompts, texts)
     preference = torch.stack(matrices)
     return preference.mean(2) if scores is None else torch.stack(scores), preference

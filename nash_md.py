@@ -1,14 +1,18 @@
-"""Nash-MD-PG and Nash-EMA-PG, with self-play, best response and regularised policy gradient (RLHF). arXiv 2312.00886 v4.
+"""Nash-MD-PG and Nash-EMA-PG, with self-play, best response and regularised policy gradient (RLHF). arXiv
+2312.00886 v4.
 
-The idea: preferences need not come from any scalar reward, so aim at the Nash equilibrium of the preference game itself. The policy
-plays against an opponent close to itself (a geometric mixture with the reference, or its own moving average) and ascends its win rate.
+The idea: preferences need not come from any scalar reward, so aim at the Nash equilibrium of the preference
+game itself. The policy plays against an opponent close to itself (a geometric mixture with the reference, or
+its own moving average) and ascends its win rate.
 
 Departures from the paper:
- 1. The mixture is taken per token, π^(1−β) π_ref^β renormalised at every token, as the paper's runs do; its theory is for whole
-    sequences (docs/theory.md).
- 2. The EMA is θ̄ ← d θ̄ + (1 − d) θ from θ̄_0 = θ_0, with d = --ema-decay; secondary sources print the recursion with θ_0.
+ 1. The mixture is taken per token, π^(1−β) π_ref^β renormalised at every token, as the paper's runs do; its
+    theory is for whole sequences (docs/theory.md).
+ 2. The EMA is θ̄ ← d θ̄ + (1 − d) θ from θ̄_0 = θ_0, with d = --ema-decay; secondary sources print the
+    recursion with θ_0.
  3. K > 1 policy samples for each prompt are an option, with a leave-one-out baseline beside the paper's ½.
- 4. With --opponent self and K > 1 the samples of a prompt are each other's opponents (never their own), and all are trained on.
+ 4. With --opponent self and K > 1 the samples of a prompt are each other's opponents (never their own), and
+    all are trained on.
  5. Learning rate, batch size and optimiser are not reported; ours are AdamW and the recipes' values.
  6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights.
  7. The smollm2-135m recipe is ours, chosen for two CPU cores.
@@ -38,7 +42,7 @@ from judges import Judge, both_orders, judge_candidates
 class Args(RunArgs):
     """Nash-MD-PG, Nash-EMA-PG, self-play, best response and RLHF policy gradient (arXiv 2312.00886).
 
-    python nash_md.py                                        learns on a laptop in minutes, needs no GPU and no model hub
+    python nash_md.py     learns on a laptop in minutes, needs no GPU and no model hub
 
     python nash_md.py --model pythia-1b-tldr --judge hf:ID   summarisation, the paper's task, on one GPU
 
@@ -63,8 +67,8 @@ class Args(RunArgs):
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that answers A or B)
-    or FILE.py:FUNCTION; see docs/judges.md."""
+    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that
+    answers A or B) or FILE.py:FUNCTION; see docs/judges.md."""
     eval_judge: str | None = "polarity"
     """A second judge that is never trained on; None for none."""
     eval_prompts: int = 128
@@ -72,21 +76,23 @@ class Args(RunArgs):
 
     # algorithm
     objective: Literal["nash", "rlhf"] = "nash"
-    """nash: the win rate against the opponent. rlhf: a scalar judge's score, the papers' baseline (no opponent)."""
+    """nash: the win rate against the opponent. rlhf: a scalar judge's score, the papers' baseline (no
+    opponent)."""
     opponent: Literal["mixture", "ema", "self", "reference"] = "mixture"
-    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA), self (self-play), reference (best response to it)."""
+    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA), self (self-play), reference (best response to
+    it)."""
     tau: float = 0.008
     """Strength of the tie to the reference, τ: the weight of the KL."""
     beta: float = 0.125
     """Share of the reference in the mixture opponent."""
     ema_decay: float = 0.999
-    """The EMA opponent's d in θ̄ ← d θ̄ + (1 − d) θ; it costs 4 bytes a trained weight, and while the opponent
-    samples the weight's own size once more."""
+    """The EMA opponent's d in θ̄ ← d θ̄ + (1 − d) θ; it costs 4 bytes a trained weight, and while the
+    opponent samples the weight's own size once more."""
     samples_per_prompt: int = 2
     """K, the policy's own samples for each prompt, all trained on; the paper's is 1."""
     baseline: Literal["half", "leave-one-out"] = "half"
-    """half is the paper's ½. leave-one-out: the mean preference of the prompt's other samples against the same opponent.
-    With --objective rlhf the baseline is the mean reward of the batch's other samples."""
+    """half is the paper's ½. leave-one-out: the mean preference of the prompt's other samples against the
+    same opponent. With --objective rlhf the baseline is the mean reward of the batch's other samples."""
     both_orders: bool = True
     """Ask a judge without a scalar in both orders and average, which removes its position bias."""
 
@@ -104,7 +110,8 @@ class Args(RunArgs):
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """Learning rate after the warm-up."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments
+    and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -122,10 +129,12 @@ class Args(RunArgs):
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 64
-    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice
+    stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy: the reference, and the EMA opponent. A row of training holds a prompt's K replies."""
+        """Beside the policy: the reference, and the EMA opponent. A row of training holds a prompt's K
+        replies."""
         average = self.opponent == "ema" and self.objective == "nash"  # RLHF has no opponent
         return Holds(average=average, completions=self.samples_per_prompt)
 
@@ -199,14 +208,16 @@ def check_args(args: Args) -> None:
     if args.baseline == "leave-one-out":
         require(
             args.objective == "nash",
-            "--baseline leave-one-out is for --objective nash; rlhf always takes the mean reward of the batch's other samples.",
+            "--baseline leave-one-out is for --objective nash; rlhf always takes the mean reward of the "
+            "batch's other samples.",
         )
         require(
             args.samples_per_prompt >= 2, "--baseline leave-one-out needs --samples-per-prompt of at least 2."
         )
         require(
             args.opponent != "self",
-            "--baseline leave-one-out needs opponents drawn independently of the samples; with --opponent self they are each other's. Keep --baseline half.",
+            "--baseline leave-one-out needs opponents drawn independently of the samples; with --opponent "
+            "self they are each other's. Keep --baseline half.",
         )
 
 
@@ -218,12 +229,15 @@ def nash_md_loss(
     tau: float,
     baseline: float | torch.Tensor = 0.5,
 ) -> torch.Tensor:
-    """Surrogate whose gradient is minus Nash-MD-PG's policy gradient, Eq. 13 of arXiv 2312.00886 v4; a scalar to minimise.
+    """Surrogate whose gradient is minus Nash-MD-PG's policy gradient, Eq. 13 of arXiv 2312.00886 v4; a scalar
+    to minimise.
 
-    ĝ = Σ_n ∇ log π(y_n) · ( p(y ≻ y') − baseline − τ Σ_{m ≥ n} log[π(y_m) / π_ref(y_m)] ), averaged over the batch.
+    ĝ = Σ_n ∇ log π(y_n) · ( p(y ≻ y') − baseline − τ Σ_{m ≥ n} log[π(y_m) / π_ref(y_m)] ), averaged over the
+    batch.
 
     Args:
-        policy_logprobs, reference_logprobs: (B, T) per-token log-probs of the policy's own samples y, in nats.
+        policy_logprobs, reference_logprobs: (B, T) per-token log-probs of the policy's own samples y, in
+            nats.
         mask: (B, T), 1 on the tokens that count.
         preference: (B,) p(y ≻ y') against the opponent's sample; for RLHF the scalar reward r(y).
         tau: weight of the KL to the reference.
@@ -238,7 +252,8 @@ def nash_md_loss(
 
 
 class EMA:
-    """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight, and the weight's own while it plays."""
+    """The exponential moving average of a policy's trained weights, in float32: 4 bytes a weight, and the
+    weight's own while it plays."""
 
     def __init__(self, optimiser: MasterAdamW | SplitAdamW, decay: float):
         self.optimiser, self.decay = optimiser, decay
@@ -293,23 +308,22 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
 def collect(
     exp: Experiment, indices: list[int], step: int, ema: EMA | None = None
 ) -> tuple[list[Group], dict]:
-    """The policy's K samples for each prompt and their preferences against the opponent's; metrics of the sampling."""
+    """The policy's K samples for each prompt and their preferences against the opponent's; metrics of the
+    sampling."""
     args, seed = exp.args, common.derive_seed(exp.args.seed, step)
     rows, prompts = [exp.rows[i] for i in indices], [exp.prompts[i] for i in indices]
     own, rivals, stats = answer(exp, prompts, seed, ema)
     with exp.run.phase("judging"):
         asked, texts = [row.prompt for row in rows], exp.texts(own)
         if args.objective == "rlhf":
-            preference = scores = torch.stack(
-                judge_candidates(exp.judge, asked, texts)[0]
-            )  # (G, K) the reward r(y)
+            # (G, K) the reward r(y)
+            preference = scores = torch.stack(judge_candidates(exp.judge, asked, texts)[0])
             others = max(1, preference.numel() - 1)
             baseline = (preference.sum() - preference) / others  # mean of the batch's other rewards, if any
         else:
             rival_texts = rivals and [group[0] for group in exp.texts(rivals)]
-            preference, scores = play(
-                exp.judge, asked, texts, rival_texts, args.both_orders
-            )  # (G, K) p(y ≻ y')
+            # (G, K) p(y ≻ y')
+            preference, scores = play(exp.judge, asked, texts, rival_texts, args.both_orders)
             baseline = torch.full_like(preference, 0.5)
             if args.baseline == "leave-one-out":
                 baseline = (preference.sum(1, keepdim=True) - preference) / (args.samples_per_prompt - 1)
@@ -327,7 +341,8 @@ def collect(
 
 
 def answer(exp: Experiment, prompts: list[list[int]], seed: int, ema: EMA | None):
-    """The policy's K samples for each prompt; its opponent's one, or None where the samples play each other or nobody; sampling's stats."""
+    """The policy's K samples for each prompt; its opponent's one, or None where the samples play each other
+    or nobody; sampling's stats."""
     args, K = exp.args, exp.args.samples_per_prompt
     if args.objective == "rlhf" or (args.opponent == "self" and K > 1):
         own, stats = exp.sample(prompts, seed, K)
@@ -343,11 +358,13 @@ def answer(exp: Experiment, prompts: list[list[int]], seed: int, ema: EMA | None
 
 
 def play(judge: Judge, prompts: list, samples: list[list[str]], rivals: list[str] | None, average: bool):
-    """Each sample's p(y ≻ y') against its prompt's opponent, (G, K), and its scalar score, (G, K), or None if the judge has none.
+    """Each sample's p(y ≻ y') against its prompt's opponent, (G, K), and its scalar score, (G, K), or None if
+    the judge has none.
 
     Args:
         samples: the policy's K texts for each of G prompts.
-        rivals: the opponent's text for each prompt; None: the samples of a prompt (K > 1) are each other's opponents.
+        rivals: the opponent's text for each prompt; None: the samples of a prompt (K > 1) are each other's
+            opponents.
         average: ask a judge without a scalar in both orders.
 
     No text is scored twice, and no pair asked twice.
@@ -372,24 +389,21 @@ def play(judge: Judge, prompts: list, samples: list[list[str]], rivals: list[str
 
 def train_step(exp: Experiment, optimiser, batch: list[Group], step: int, learning_rate: float) -> dict:
     """One optimiser step on G prompts' samples, in micro-batches; returns its metrics."""
-    args, run = exp.args, exp.run
+    args, run, policy, reference = exp.args, exp.run, exp.policy, exp.reference
     prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
-    means = common.Means(len(batch))
+    temperature, means = args.temperature, common.Means(len(batch))
     for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
         preference = torch.tensor([g.preference for g in groups], device=exp.device).flatten()  # (G*K,)
         baseline = torch.tensor([g.baseline for g in groups], device=exp.device).flatten()  # (G*K,)
         with torch.no_grad(), run.phase("reference"):
-            reference_logprobs = common.completion_logprobs(
-                exp.reference, data, args.temperature
-            )  # (G, K, T)
-        logprobs, entropy = common.completion_logprobs(
-            exp.policy, data, args.temperature, entropy=True
-        )  # (G, K, T)
+            reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, K, T)
+        logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)
+        # (G*K, T)
         policy_rows, reference_rows, mask = (
             x.flatten(0, 1) for x in (logprobs, reference_logprobs, data.mask)
-        )  # (G*K, T)
+        )
         loss = nash_md_loss(policy_rows, reference_rows, mask, preference, args.tau, baseline)
         (loss * len(groups) / len(batch)).backward()
         run.add_batch("training", data)

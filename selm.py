@@ -1,24 +1,25 @@
 """SELM, self-exploring language models: iterative DPO plus one term of optimism. arXiv 2405.19332 v3.
 
-The idea: preference learning never hears about replies the policy does not sample. SELM therefore lowers the likelihood of
-what its reference already says, so that mass moves to replies not yet judged. α = 0 is iterative DPO.
+The idea: preference learning never hears about replies the policy does not sample. SELM therefore lowers the
+likelihood of what its reference already says, so that mass moves to replies not yet judged. α = 0 is
+iterative DPO.
 
 Departures from the paper:
  1. α is multiplied by β, as in Eq. 4.2 and the official code; the paper's Algorithms 1 and 2 print α alone.
- 2. Reference log-probs are taken once for each pair before an iteration's first update (π_ref = π_t is the policy then), so no
-    reference model is held in memory.
+ 2. Reference log-probs are taken once for each pair before an iteration's first update (π_ref = π_t is the
+    policy then), so no reference model is held in memory.
  3. Where y_s is a member of its pair, its log-probs are reused: no forward pass of its own.
- 4. With prompts only (no data set responses) the K samples are the candidates, and y_s is one of them, uniformly and
-    whatever its rank; for K = 2 it is both, averaged.
+ 4. With prompts only (no data set responses) the K samples are the candidates, and y_s is one of them,
+    uniformly and whatever its rank; for K = 2 it is both, averaged.
  5. On one GPU the 7-8B recipes train a LoRA adapter; --lora-rank 0 gives the paper's training of all weights.
- 6. Sampled replies (--temperature above 0) get log-probs of logits divided by the temperature; the paper's greedy ones and
-    the data set's responses get them at 1.
+ 6. Sampled replies (--temperature above 0) get log-probs of logits divided by the temperature; the paper's
+    greedy ones and the data set's responses get them at 1.
  7. The smollm2-135m recipe is ours, chosen for two CPU cores.
  8. Any judge's candidates are ranked by mean preference; the paper's code ranks by PairRM's mean logit.
 
 Examples:
-    python selm.py                                   # SmolLM2-135M learns to answer cheerfully; minutes on a laptop
-    python selm.py --model llama3-8b                 # the paper's Llama recipe on one GPU
+    python selm.py                      # SmolLM2-135M learns to answer cheerfully; minutes on a laptop
+    python selm.py --model llama3-8b    # the paper's Llama recipe on one GPU
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from judges import judge_candidates
 class Args(RunArgs):
     """SELM: Self-Exploring Language Models (arXiv 2405.19332), with iterative DPO as its alpha 0.
 
-    python selm.py                                  learns on a laptop in minutes, needs no GPU and no model hub
+    python selm.py     learns on a laptop in minutes, needs no GPU and no model hub
 
     python selm.py --model llama3-8b                the paper's Llama recipe on one GPU
 
@@ -66,8 +67,8 @@ class Args(RunArgs):
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that answers A or B)
-    or FILE.py:FUNCTION; see docs/judges.md."""
+    """Who prefers what: sentiment, polarity, cycle, hf:ID (a reward model), pairrm, pairwise:ID (a model that
+    answers A or B) or FILE.py:FUNCTION; see docs/judges.md."""
     eval_judge: str | None = "polarity"
     """A second judge that is never trained on; None for none."""
     eval_prompts: int = 128
@@ -75,24 +76,28 @@ class Args(RunArgs):
 
     # algorithm
     iterations: int = 3
-    """Iterations: each samples from the current policy, which becomes the reference, on a slice of the prompts of its own."""
+    """Iterations: each samples from the current policy, which becomes the reference, on a slice of the
+    prompts of its own."""
     beta: float = 0.1
     """Strength of the tie to the reference, in Eq. 4.2's β."""
     alpha: float = 0.001
     """Strength of the exploration term, in Eq. 4.2's α; 0 is iterative DPO."""
     exploration: Literal["selm", "xpo"] = "selm"
-    """selm: the paper's term. xpo: arXiv 2405.21046's, α Σ log π(y_s) with y_s from a fixed reference, each pair one answer
-    of the policy and one of the reference, sampled anew at every step."""
+    """selm: the paper's term. xpo: arXiv 2405.21046's, α Σ log π(y_s) with y_s from a fixed reference, each
+    pair one answer of the policy and one of the reference, sampled anew at every step."""
     samples_per_prompt: int = 4
     """K, the policy's own answers to each prompt."""
     offline_responses: bool = False
-    """Also rank the data set's chosen and rejected responses as candidates (the paper's recipe, with K = 1)."""
+    """Also rank the data set's chosen and rejected responses as candidates (the paper's recipe, with K =
+    1)."""
     offline_warmup: bool = False
-    """Before the iterations, one epoch of DPO on the data set's own pairs, on one slice more (the Zephyr recipe)."""
+    """Before the iterations, one epoch of DPO on the data set's own pairs, on one slice more (the Zephyr
+    recipe)."""
 
     # optimisation
     max_steps: int | None = None
-    """Optimiser steps at most, split evenly over the iterations; None takes every prompt. The schedule shortens with it."""
+    """Optimiser steps at most, split evenly over the iterations; None takes every prompt. The schedule
+    shortens with it."""
     learning_rate: tuple[float, ...] = (4e-5,)
     """Peak learning rate of each iteration; the last one given holds for the rest."""
     batch_size: int = 8
@@ -104,7 +109,8 @@ class Args(RunArgs):
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """Learning rate after the warm-up, within an iteration."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments
+    and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -118,15 +124,17 @@ class Args(RunArgs):
     max_new_tokens: int = 24
     """Longest reply, in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy (needs --offline-responses, as K greedy answers are one and the same)."""
+    """Sampling temperature; 0 is greedy (needs --offline-responses, as K greedy answers are one and the
+    same)."""
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
-    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice
+    stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy nothing: π_ref = π_t gives its log-probs before it trains. XPO's reference stays fixed. A row of
-        training holds chosen, rejected and perhaps y_s."""
+        """Beside the policy nothing: π_ref = π_t gives its log-probs before it trains. XPO's reference stays
+        fixed. A row of training holds chosen, rejected and perhaps y_s."""
         return Holds(reference=self.exploration == "xpo", completions=3)
 
 
@@ -188,15 +196,18 @@ def check_args(args: Args) -> None:
     least = 1 if args.offline_responses or args.exploration == "xpo" else 2
     require(
         own >= least,
-        f"--samples-per-prompt {own}: a pair needs two candidates, so at least 2 samples a prompt, or 1 with --offline-responses and a data set that has responses.",
+        f"--samples-per-prompt {own}: a pair needs two candidates, so at least 2 samples a prompt, or 1 "
+        "with --offline-responses and a data set that has responses.",
     )
     require(
         args.temperature > 0 or (args.offline_responses and own == 1),
-        "--temperature 0 (greedy) gives every sample of a prompt the same text. Use it with --offline-responses --samples-per-prompt 1.",
+        "--temperature 0 (greedy) gives every sample of a prompt the same text. Use it with "
+        "--offline-responses --samples-per-prompt 1.",
     )
     require(
         args.exploration != "xpo" or not (args.offline_responses or args.offline_warmup),
-        "--exploration xpo pairs a policy's with a reference's sample: no --offline-responses or --offline-warmup.",
+        "--exploration xpo pairs a policy's with a reference's sample: no --offline-responses or "
+        "--offline-warmup.",
     )
 
 
@@ -213,33 +224,31 @@ def selm_loss(
     """SELM's loss, Eq. 4.2 of arXiv 2405.19332 v3, as a scalar to minimise (mean over the batch).
 
     Args:
-        policy_chosen, policy_rejected: (B,) log π of the preferred and the other response, summed over tokens, in nats.
+        policy_chosen, policy_rejected: (B,) log π of the preferred and the other response, summed over
+            tokens, in nats.
         reference_chosen, reference_rejected: (B,) the same under π_ref.
-        policy_self, reference_self: (B,) log-probs of y_s, a response π_ref itself sampled. (For XPO, arXiv 2405.21046,
-            reference_self is 0 and alpha is its α divided by β.)
+        policy_self, reference_self: (B,) log-probs of y_s, a response π_ref itself sampled. (For XPO, arXiv
+            2405.21046, reference_self is 0 and alpha is its α divided by β.)
         beta: tie to the reference. alpha: exploration; 0 gives DPO (arXiv 2305.18290, Eq. 7).
     """
     margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)  # (B,)
     preference_loss = -F.logsigmoid(beta * margin)  # Eq. 4.2, first term
-    exploration_loss = (
-        alpha * beta * (policy_self - reference_self)
-    )  # Eq. 4.2, second term: lowers log π(y_s)
+    exploration_loss = alpha * beta * (policy_self - reference_self)  # Eq. 4.2, second: lowers log π(y_s)
     return (preference_loss + exploration_loss).mean()
 
 
 @dataclass
 class Pair:
-    """One prompt's training example. Its completions are [chosen, rejected], and y_s third where it is neither."""
+    """One prompt's training example. Its completions are [chosen, rejected], and y_s third where it is
+    neither."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
     completions: list[list[int]]  # 2 or 3 lists of token ids
-    temperature: list[
-        float
-    ]  # of each completion: the sampling temperature for own ones, 1 for the data set's
-    self_weights: list[
-        float
-    ]  # which completions are y_s: (.5, .5), (1, 0), (0, 1), (0, 0, 1), or zeros at α = 0
+    # of each completion: the sampling temperature for own ones, 1 for the data set's
+    temperature: list[float]
+    # which completions are y_s: (.5, .5), (1, 0), (0, 1), (0, 0, 1), or zeros at α = 0
+    self_weights: list[float]
     reference: list[float] | None = None  # summed reference log-prob of each completion
     score: float | None = None  # mean judge's score of the policy's own answers, where the judge has a scalar
 
@@ -255,7 +264,8 @@ class Round:
 
 
 def plan_rounds(args: Args, prompts: int) -> list[Round]:
-    """Disjoint slices of the prompts, one for each round, and their optimiser steps (`--max-steps` split evenly)."""
+    """Disjoint slices of the prompts, one for each round, and their optimiser steps (`--max-steps` split
+    evenly)."""
     if args.exploration == "xpo":
         steps = min(args.max_steps or prompts, -(-prompts // args.batch_size))
         return [
@@ -281,7 +291,8 @@ def plan_rounds(args: Args, prompts: int) -> list[Round]:
 
 
 def collect(exp: Experiment, this: Round) -> tuple[list[Pair], int]:
-    """Candidates for one round's prompts, ranked by the judge, as pairs; and how many prompts were dropped as all ties."""
+    """Candidates for one round's prompts, ranked by the judge, as pairs; and how many prompts were dropped as
+    all ties."""
     args, seed = exp.args, common.derive_seed(exp.args.seed, this.iteration, this.prompts.start)
     rows, prompts = [exp.rows[i] for i in this.prompts], [exp.prompts[i] for i in this.prompts]
     candidates = [[] for _ in rows] if this.offline else answers(exp, this, prompts, seed)
@@ -313,7 +324,8 @@ def collect(exp: Experiment, this: Round) -> tuple[list[Pair], int]:
     dropped = len(candidates) - len(pairs)
     require(
         bool(pairs),
-        f"iteration {this.iteration}: the judge {args.judge} found every candidate tied, on all {dropped} prompts: "
+        f"iteration {this.iteration}: the judge {args.judge} found every candidate tied, on all {dropped} "
+        "prompts: "
         "nothing to learn from.",
     )
     return pairs, dropped
@@ -337,7 +349,8 @@ def data_set_responses(exp: Experiment, row) -> list[list[int]]:
 
 
 def explored(args: Args, own: int, rng: random.Random) -> list[int]:
-    """Which of a prompt's own answers are y_s: one, uniformly and whatever its rank; both for K = 2; the reference's for XPO."""
+    """Which of a prompt's own answers are y_s: one, uniformly and whatever its rank; both for K = 2; the
+    reference's for XPO."""
     if args.exploration == "xpo":
         return [1]
     if own == 2:
@@ -346,13 +359,15 @@ def explored(args: Args, own: int, rng: random.Random) -> list[int]:
 
 
 def rank(matrix: torch.Tensor) -> tuple[int, int, bool]:
-    """Best and worst candidate by mean preference against the others, and whether all tie in it; (K, K) matrix of p(i ≻ j)."""
+    """Best and worst candidate by mean preference against the others, and whether all tie in it; (K, K)
+    matrix of p(i ≻ j)."""
     wins = (matrix.sum(1) - 0.5) / (len(matrix) - 1)  # (K,)
     return int(wins.argmax()), int(wins.argmin()), bool(wins.max() == wins.min())
 
 
 def take_reference(exp: Experiment, this: Round, pairs: list[Pair]) -> None:
-    """Fill in the pairs' reference log-probs: π_ref = π_t is the policy as it is now. (XPO: the fixed starting model.)"""
+    """Fill in the pairs' reference log-probs: π_ref = π_t is the policy as it is now. (XPO: the fixed
+    starting model.)"""
     args = exp.args
     prompts, completions = [pair.prompt for pair in pairs], [pair.completions for pair in pairs]
     temperature = [pair.temperature for pair in pairs]
@@ -382,8 +397,9 @@ def batches_of(pairs: list[Pair], args: Args, this: Round) -> list[list[Pair]]:
 
 def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learning_rate: float) -> dict:
     """One optimiser step on B pairs, in micro-batches; returns its metrics."""
-    args, run = exp.args, exp.run
-    # XPO's α stands without β (arXiv 2405.21046). Pairs of the offline warm-up have self_weights of 0: no exploration.
+    args, run, policy = exp.args, exp.run, exp.policy
+    # XPO's α stands without β (arXiv 2405.21046). Pairs of the offline warm-up have self_weights of 0: no
+    # exploration.
     alpha = args.alpha / args.beta if args.exploration == "xpo" else args.alpha
     prompts, completions = [p.prompt for p in batch], [p.completions for p in batch]
     means = common.Means(len(batch))
@@ -393,9 +409,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
         temperature = common.pad_rows([p.temperature for p in pairs], 1.0, exp.device)  # (G, K)
         reference = common.pad_rows([p.reference for p in pairs], 0.0, exp.device)  # (G, K)
         self_weights = common.pad_rows([p.self_weights for p in pairs], 0.0, exp.device)  # (G, K)
-        logprobs, entropy = common.completion_logprobs(
-            exp.policy, data, temperature, entropy=True
-        )  # (G, K, T)
+        logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)
         sums = logprobs.sum(-1)  # (G, K)
         chosen, rejected = sums[:, 0], sums[:, 1]  # (G,)
         reference_chosen, reference_rejected = reference[:, 0], reference[:, 1]  # (G,)

@@ -1,18 +1,21 @@
-"""SPIN, self-play fine-tuning: DPO of demonstrations against the last iterate's own samples. arXiv 2401.01335.
+"""SPIN, self-play fine-tuning: DPO of demonstrations against the last iterate's own samples. arXiv
+2401.01335.
 
-The idea: a model that can tell its own answers from a demonstrator's has something left to learn. Each iteration raises the
-demonstration and lowers the answer that the previous iterate gave, until the two cannot be told apart.
+The idea: a model that can tell its own answers from a demonstrator's has something left to learn. Each
+iteration raises the demonstration and lowers the answer that the previous iterate gave, until the two cannot
+be told apart.
 
 Departures from the paper:
  1. It starts at π_SFT, fine-tuned here on the same demonstrations (--sft-model gives a finished one).
- 2. Samples of an iteration come from the last iterate alone; the paper also keeps those of the iteration before.
+ 2. Samples of an iteration come from the last iterate alone; the paper also keeps those of the iteration
+    before.
  3. AdamW in place of RMSProp.
  4. The paper's UltraChat demonstrations are not a named set here: give them with --demonstrations FILE.
  5. The smollm2-135m recipe is ours, chosen for two CPU cores.
 
 Examples:
-    python spin.py                                                   # upbeat human replies as demonstrations; minutes on a laptop
-    python spin.py --model gemma-2b --demonstrations gpt4.jsonl      # on one GPU
+    python spin.py                                                 # upbeat human replies; minutes on a laptop
+    python spin.py --model gemma-2b --demonstrations gpt4.jsonl    # on one GPU
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from experiment import (
 class Args(RunArgs):
     """SPIN: Self-Play Fine-Tuning (arXiv 2401.01335).
 
-    python spin.py                                                learns on a laptop in minutes, needs no GPU and no model hub
+    python spin.py     learns on a laptop in minutes, needs no GPU and no model hub
 
     python spin.py --model gemma-2b --demonstrations gpt4.jsonl   on one GPU
 
@@ -71,13 +74,15 @@ class Args(RunArgs):
     demonstrations: str = "response"
     """Column of the data set that holds the demonstrations, or a file of rows with prompt and response."""
     min_demonstration_score: float | None = 0.8
-    """Keep demonstrations that the judge scores at least this (the default task: upbeat human replies); None keeps all."""
+    """Keep demonstrations that the judge scores at least this (the default task: upbeat human replies); None
+    keeps all."""
     num_prompts: int | None = 480
     """Demonstrations, one a prompt; None is all of them."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; longer ones are dropped and counted."""
     judge: str = "sentiment"
-    """The golden judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or FILE.py:FUNCTION. It scores; no training path may ask it."""
+    """The golden judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or FILE.py:FUNCTION. It
+    scores; no training path may ask it."""
     eval_judge: str | None = "polarity"
     """A second judge, for the final comparison; None for none."""
     eval_prompts: int = 128
@@ -107,7 +112,8 @@ class Args(RunArgs):
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Learning rate after the warm-up, within a stage."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments and the master's 16 low bits, 6."""
+    """What AdamW keeps for each bfloat16 weight: float32 master and moments, 12 bytes; or bfloat16 moments
+    and the master's 16 low bits, 6."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -125,10 +131,12 @@ class Args(RunArgs):
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
-    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice stands in args.json."""
+    """Replies decoded at once; 0 chooses: on a GPU what its free memory holds, elsewhere 64. The choice
+    stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy nothing: the reference's log-probs are taken before an iteration trains. A row holds two replies."""
+        """Beside the policy nothing: the reference's log-probs are taken before an iteration trains. A row
+        holds two replies."""
         return Holds(reference=False, completions=2)
 
 
@@ -183,16 +191,19 @@ def check_args(args: Args) -> None:
 
 
 def spin_loss(policy_demonstration, policy_sample, reference_demonstration, reference_sample, beta: float):
-    """SPIN's loss, Eq. 4.7 of arXiv 2401.01335 with the logistic loss ℓ(t) = log(1 + e^−t), a scalar to minimise.
+    """SPIN's loss, Eq. 4.7 of arXiv 2401.01335 with the logistic loss ℓ(t) = log(1 + e^−t), a scalar to
+    minimise.
 
-    (B,) summed log-probs in nats of the demonstration and of the previous iterate's sample, under the policy and that iterate.
+    (B,) summed log-probs in nats of the demonstration and of the previous iterate's sample, under the policy
+    and that iterate.
     """
     margin = (policy_demonstration - reference_demonstration) - (policy_sample - reference_sample)  # (B,)
     return -F.logsigmoid(beta * margin).mean()
 
 
 def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
-    """π_SFT: minus the demonstration's log-prob, answer tokens only, in nats per reply. Stands in afd.py too, where it is the forward KL."""
+    """π_SFT: minus the demonstration's log-prob, answer tokens only, in nats per reply. Stands in afd.py too,
+    where it is the forward KL."""
     columns = zip(train.rows, train.prompts, train.demonstrations, strict=True)
     examples = [Example(row.id, prompt, [demonstration], [1.0]) for row, prompt, demonstration in columns]
 
@@ -205,7 +216,8 @@ def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
 
 
 def train_spin(exp: StagedExperiment, stage: Stage, policy, examples: list[Example]) -> None:
-    """One iteration on [demonstration, sample] pairs, the reference being the policy as it is when this begins (or began, if resumed)."""
+    """One iteration on [demonstration, sample] pairs, the reference being the policy as it is when this
+    begins (or began, if resumed)."""
     examples = with_reference(exp, stage.name, policy, examples)
     beta = exp.args.beta
 

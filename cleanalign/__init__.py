@@ -1,1 +1,2 @@
-"""The mechanism under cleanalign's scripts: models, data, decoding, runs. It knows no algorithm; the root folder shows those."""
+"""The mechanism under cleanalign's scripts: models, data, decoding, runs. It knows no algorithm; the root
+folder shows those."""

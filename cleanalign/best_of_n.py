@@ -1,8 +1,9 @@
-"""How good is a reward? Best-of-N by it, judged by another: report and plot; the estimators are in statistics.
+"""How good is a reward? Best-of-N by it, judged by another: report and plot; the estimators are in
+statistics.
 
-`best_of_n.json` holds for every ranker its curves over N on the test prompts and on the development prompts: the judge's mean score of
-the reply the ranker likes best among N, and that reply's win rate against one more sample, each with a 95 % bootstrap band over prompts.
-All rankers rank the same samples.
+`best_of_n.json` holds for every ranker its curves over N on the test prompts and on the development prompts:
+the judge's mean score of the reply the ranker likes best among N, and that reply's win rate against one more
+sample, each with a 95 % bootstrap band over prompts. All rankers rank the same samples.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ BASELINES = ("length", "random", "judge (oracle)")
 def compare_rankers(
     rankers: dict[str, dict], golden: dict[str, tuple], lengths: dict[str, torch.Tensor], judge: str
 ) -> dict:
-    """The report: every ranker's Best-of-N curves on the same samples, beside length, random and the judge itself.
+    """The report: every ranker's Best-of-N curves on the same samples, beside length, random and the judge
+    itself.
 
     Args:
         rankers: name: {split: (G, M) rewards}; any other entry of a ranker is kept as it is.
-        golden: for the splits `test` and `dev`, the golden judge's scores (G, M) and preferences (G, M, M) (`judges.golden_of`).
+        golden: for the splits `test` and `dev`, the golden judge's scores (G, M) and preferences (G, M, M)
+            (`judges.golden_of`).
         lengths: for the same splits the (G, M) lengths of the samples in tokens.
-        judge: the golden judge's name. N runs from 1 to M − 1: the opponent of the win rate lies outside the N.
+        judge: the golden judge's name. N runs from 1 to M − 1: the opponent of the win rate lies outside the
+            N.
     """
     scores = {split: score for split, (score, _) in golden.items()}
     noise = {}
@@ -50,7 +54,8 @@ def compare_rankers(
 
 
 def curves_of(rewards: torch.Tensor, score: torch.Tensor, preference: torch.Tensor, ns: list[int]) -> dict:
-    """Golden score and win rate over N of the reply that (G, M) `rewards` like best, with 95 % bands over prompts."""
+    """Golden score and win rate over N of the reply that (G, M) `rewards` like best, with 95 % bands over
+    prompts."""
     curves = {}
     measures = {
         "score": best_of_n_score(rewards, score, ns),
@@ -67,10 +72,11 @@ def report_text(report: dict) -> str:
     width = max(map(len, report["rankers"]))
     preferences = any(curve.get("preference_accuracy") is not None for curve in report["rankers"].values())
     lines = [
-        f"Best-of-{report['n'][-1]} among samples of π_SFT, {report['prompts']} held-out prompts, by the judge {report['judge']}",
+        f"Best-of-{report['n'][-1]} among samples of π_SFT, {report['prompts']} held-out prompts, by the "
+        f"judge {report['judge']}",
         f"  {'':<{width}}   {'':16}  {'':23}     accuracy on held-out" + preferences * "    on held-out",
-        f"  {'ranked by':<{width}}   score, N = 1 → {report['n'][-1]:<4}  win rate against N = 1     pairs of its kind"
-        + preferences * "       preferences",
+        f"  {'ranked by':<{width}}   score, N = 1 → {report['n'][-1]:<4}  win rate against N = 1     pairs "
+        "of its kind" + preferences * "       preferences",
     ]
     for name, curve in report["rankers"].items():
         band = f"[{curve['win_rate_low'][-1]:.3f}, {curve['win_rate_high'][-1]:.3f}]"
@@ -79,14 +85,16 @@ def report_text(report: dict) -> str:
             for key in ("separability", "preference_accuracy")
         )
         lines.append(
-            f"  {name:<{width}}   {curve['score'][0]:.3f} → {curve['score'][-1]:.3f}       {curve['win_rate'][-1]:.3f}  {band}      "
+            f"  {name:<{width}}   {curve['score'][0]:.3f} → {curve['score'][-1]:.3f}       "
+            f"{curve['win_rate'][-1]:.3f}  {band}      "
             f"{separability:<22}  {preference}".rstrip()
         )
     return "\n".join(lines)
 
 
 def plot_report(report: dict, path: Path) -> None:
-    """Judge's score and win rate over N, a line a ranker with its 95 % band. Without matplotlib nothing is drawn."""
+    """Judge's score and win rate over N, a line a ranker with its 95 % band. Without matplotlib nothing is
+    drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -119,3 +127,19 @@ def write_report(report: dict, folder: Path) -> None:
     (folder / "best_of_n.json").write_text(json.dumps(report, indent=1) + "\n")
     plot_report(report, folder / "best_of_n.png")
     print("\n" + report_text(report) + "\n", flush=True)
+
+
+def best_of_n_summary(report: dict) -> dict:
+    """What the run's summary says of the report: the favoured reward at the largest N."""
+    favoured = report["favoured_on_dev"]
+    best = report["rankers"][favoured]
+    return {
+        "sft_score": best["score"][0],
+        "best_of_n": {
+            "n": report["n"][-1],
+            "favoured_on_dev": favoured,
+            "score": best["score"][-1],
+            "win_rate": best["win_rate"][-1],
+            "win_rate_interval": [best["win_rate_low"][-1], best["win_rate_high"][-1]],
+        },
+    }

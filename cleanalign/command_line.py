@@ -21,7 +21,8 @@ from cleanalign.phases import keep_freed_memory
 
 
 def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -> None:
-    """Parse `argv` over the recipe that `--model` names, run `main(args)`, and end a user's mistake with one message and exit code 2."""
+    """Parse `argv` over the recipe that `--model` names, run `main(args)`, and end a user's mistake with one
+    message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         single_process()
@@ -71,7 +72,8 @@ def parse(recipes: dict, argv: list[str]):
         )
         require(
             not differ,
-            f"--resume {resume}: its run had other arguments: {told}. Leave these flags out, or start a new run.",
+            f"--resume {resume}: its run had other arguments: {told}. Leave these flags out, or start a new "
+            "run.",
         )
     return args
 
@@ -100,7 +102,8 @@ def saved_args(kind: type, folder: Path):
     names = {f.name for f in dataclasses.fields(kind)}
     require(
         names <= set(saved["args"]),
-        f"--resume {folder}: its args.json lacks {', '.join(sorted(names - set(saved['args'])))}; it was written by another version.",
+        f"--resume {folder}: its args.json lacks {', '.join(sorted(names - set(saved['args'])))}; it was "
+        "written by another version.",
     )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items() if k in names}
     return kind(**{**values, "resume": str(folder)})
@@ -116,9 +119,8 @@ def advice_when_out_of_memory(args):
         yield
     except (MemoryError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        on_cpu = re.search(
-            "can't allocate memory|not enough memory", first
-        )  # torch has no class of its own for this
+        # torch has no class of its own for this
+        on_cpu = re.search("can't allocate memory|not enough memory", first)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not on_cpu:
             raise
         raise UserError(

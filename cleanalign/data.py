@@ -1,4 +1,5 @@
-"""Data: named sets, hub ids and files become rows; what is dropped is counted; what is held out stays out of training."""
+"""Data: named sets, hub ids and files become rows; what is dropped is counted; what is held out stays out of
+training."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "conten
 
 @dataclass
 class Row:
-    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be None."""
+    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be
+    None."""
 
     id: str
     prompt: Prompt
@@ -40,15 +42,18 @@ HELD_OUT_SEED = 20240531  # which rows of a set without a test split are held ou
 def load_rows(
     spec: str, columns: tuple[str, ...] = (), held_out: int = 128, response: str = "response"
 ) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows (at least `held_out` of them, where there are that many), with disjoint prompts.
+    """Training rows and held-out rows (at least `held_out` of them, where there are that many), with disjoint
+    prompts.
 
     Args:
-        spec: `chitchat`, a name of `HUB_DATASETS`, `ORG/NAME` or `ORG/NAME:SPLIT` on the hub, or a .jsonl, .jsonl.gz or .parquet file.
+        spec: `chitchat`, a name of `HUB_DATASETS`, `ORG/NAME` or `ORG/NAME:SPLIT` on the hub, or a .jsonl,
+            .jsonl.gz or .parquet file.
         columns: what each row must have beyond its prompt: "chosen", "rejected", "response".
         response: the column read as `response`.
 
-    Rows that cannot be used are dropped and counted by reason. A set with a test split of its own keeps it; from any other,
-    `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError` for what cannot be read or used.
+    Rows that cannot be used are dropped and counted by reason. A set with a test split of its own keeps it;
+    from any other, `held_out` prompts (at most a fifth) are set aside, always the same. Raises `UserError`
+    for what cannot be read or used.
     """
     test_raw = None
     if spec.startswith(synthetic.PREFIX):
@@ -65,7 +70,8 @@ def load_rows(
         train_raw = _hub_rows(name, split or "train")
     else:
         raise UserError(
-            f"--dataset {spec}: no such name, and not a .jsonl, .jsonl.gz or .parquet file. {near(spec, ['chitchat', *HUB_DATASETS])}"
+            f"--dataset {spec}: no such name, and not a .jsonl, .jsonl.gz or .parquet file. "
+            f"{near(spec, ['chitchat', *HUB_DATASETS])}"
         )
 
     train = _usable_rows(spec, train_raw, columns, response)
@@ -85,7 +91,8 @@ def load_rows(
 
 
 def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
-    """Every usable row of a .jsonl, .jsonl.gz or .parquet file given as `flag path`. Raises `UserError` as `load_rows` does."""
+    """Every usable row of a .jsonl, .jsonl.gz or .parquet file given as `flag path`. Raises `UserError` as
+    `load_rows` does."""
     require(
         path.endswith((".jsonl", ".jsonl.gz", ".parquet")),
         f"{flag} {path}: not a .jsonl, .jsonl.gz or .parquet file.",
@@ -94,7 +101,8 @@ def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
 
 
 def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
-    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can be."""
+    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can
+    be."""
     for i in range(count):
         lengths = {
             "prompt": prompt_tokens,
@@ -159,7 +167,8 @@ def _hub_rows(name: str, split: str, folder: str | None = None) -> Iterator[tupl
     except Exception as error:  # the client raises a dozen unrelated classes here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--dataset {name} (split {split}): could not be loaded from the hub ({first}). Give a local .jsonl or .parquet file."
+            f"--dataset {name} (split {split}): could not be loaded from the hub ({first}). Give a local "
+            ".jsonl or .parquet file."
         ) from error
     yield from ((f"{split}:{i}", row) for i, row in enumerate(loaded))
 
@@ -192,9 +201,9 @@ def report_dropped(what: str, total: int, dropped: Counter) -> None:
 def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str = "response") -> Row | str:
     """One raw row in any accepted format as a `Row`, or the reason why it must be dropped.
 
-    Formats: TRL's standard (`prompt`, `chosen`, `rejected`, `completion` as text) and conversational (each a list of
-    messages; the prompt explicit, or implicit as what `chosen` and `rejected` share), and HH-RLHF's text dialogues.
-    Raises `UserError` for a missing or mistyped column, naming the row.
+    Formats: TRL's standard (`prompt`, `chosen`, `rejected`, `completion` as text) and conversational (each a
+    list of messages; the prompt explicit, or implicit as what `chosen` and `rejected` share), and HH-RLHF's
+    text dialogues. Raises `UserError` for a missing or mistyped column, naming the row.
     """
     names = ", ".join(fields) or "none"
     fields = dict(fields)
@@ -239,12 +248,14 @@ def _require_prompt(row_id: str, prompt) -> None:
     )
     require(
         fine,
-        f"{row_id}: 'prompt' must be text or a list of {{role, content}} messages, this is a {type(prompt).__name__}.",
+        f"{row_id}: 'prompt' must be text or a list of {{role, content}} messages, this is a "
+        f"{type(prompt).__name__}.",
     )
 
 
 def _split_response(row_id: str, key: str, value) -> tuple[list[dict], str]:
-    """(messages before the last assistant turn, or [] if there are none; that turn's text) of a response column."""
+    """(messages before the last assistant turn, or [] if there are none; that turn's text) of a response
+    column."""
     if isinstance(value, str):
         if value.startswith("\n\nHuman:") and "\n\nAssistant:" in value:
             messages = parse_dialogue(value)
@@ -286,7 +297,8 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def bare(prompt: Prompt) -> str:
-    """A prompt's text however it is written: messages, plain text, or HH-RLHF's dialogue with or without the last "Assistant:"."""
+    """A prompt's text however it is written: messages, plain text, or HH-RLHF's dialogue with or without the
+    last "Assistant:"."""
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
         prompt = [message for message in parse_dialogue(prompt) if message["content"]]
     return prompt_text(prompt).strip()
@@ -304,7 +316,8 @@ def require_no_leak(flag: str, rows: list[Row], held_out: list[Row]) -> None:
 
 
 def select_by_score(rows: list[Row], judge, least: float | None, count: int | None, seed: int) -> list[Row]:
-    """Rows whose demonstration `judge` scores at least `least` (None keeps all), in an order fixed by the seed: a few more than `count`.
+    """Rows whose demonstration `judge` scores at least `least` (None keeps all), in an order fixed by the
+    seed: a few more than `count`.
 
     Raises `UserError` if the judge has no scalar score, or no row scores that much.
     """
@@ -312,7 +325,8 @@ def select_by_score(rows: list[Row], judge, least: float | None, count: int | No
         return rows
     require(
         judge.score is not None,
-        f"--min-demonstration-score needs a judge with a scalar score; {judge.name} has none. Give None to keep all.",
+        f"--min-demonstration-score needs a judge with a scalar score; {judge.name} has none. Give None to "
+        "keep all.",
     )
     rows, kept, seen = list(rows), [], 0
     random.Random(seed).shuffle(rows)

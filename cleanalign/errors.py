@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can fix: the message names what, where and how. Ends the program with exit code 2."""
+    """A mistake the user can fix: the message names what, where and how. Ends the program with exit code
+    2."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,9 +1,10 @@
-"""Models: devices, loading, the parts of a causal language model, LoRA and references, the memory that rows take.
+"""Models: devices, loading, the parts of a causal language model, LoRA and references, the memory that rows
+take.
 
 Sections, in the order a run meets them:
 
     devices     where and in what precision to compute
-    loading     a recipe name, hub id or folder becomes a policy and its tokenizer; the hub's errors become sentences
+    loading     a recipe name, hub id or folder becomes a policy and its tokenizer; hub errors
     parts       backbone and vocabulary projection, the ids that end a reply
     training    all weights or a LoRA adapter; the starting model beside it
     memory      how many rows can be decoded at once
@@ -48,7 +49,8 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), else float32."""
+    """`auto` is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or
+    AVX512-BF16), else float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if device.type == "cuda":
@@ -64,9 +66,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
-    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows, where it is faster, else sdpa.
+    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows,
+    where it is faster, else sdpa.
 
-    Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not see each other, are none.
+    Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not
+        see each other, are none.
     """
     if attention != "auto":
         return attention
@@ -130,19 +134,22 @@ def hub_errors(flag: str, name: str):
             ) from error
         if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in text:
             raise UserError(
-                f"{flag} {name}: the hub says this repository is gated. Accept its licence on its page, then set HF_TOKEN "
+                f"{flag} {name}: the hub says this repository is gated. Accept its licence on its page, "
+                "then set HF_TOKEN "
                 "(or run `hf auth login`), or give a local folder."
             ) from error
         if (
             any(isinstance(cause, RepositoryNotFoundError) for cause in causes)
             or "not a valid model identifier" in text
         ):
+            hint = near(name, HUB_MODELS.values()) if flag == "--model" else ""
             raise UserError(
-                f"{flag} {name}: no such repository on the hub (or it is private: set HF_TOKEN). {near(name, HUB_MODELS.values()) if flag == '--model' else ''}".rstrip()
+                f"{flag} {name}: no such repository on the hub, or it is private: set HF_TOKEN. {hint}".rstrip()
             ) from error
         raise UserError(
             f"{flag} {name}: could not be loaded from the hub ({str(error).strip().splitlines()[0]}). "
-            f"Without a network give a local folder, or {flag} {'sentiment' if 'judge' in flag else EMBEDDED_MODEL}, which needs no hub."
+            f"Without a network give a local folder, or {flag} "
+            f"{'sentiment' if 'judge' in flag else EMBEDDED_MODEL}, which needs no hub."
         ) from error
 
 
@@ -160,8 +167,8 @@ def load_model(
 ) -> torch.nn.Module:
     """Causal language model for a `--model` value: weights in `dtype`, every dropout 0, on `device`, frozen.
 
-    `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded, or if its
-    logits are not what `completion_logprobs` computes from its hidden states.
+    `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded,
+    or if its logits are not what `completion_logprobs` computes from its hidden states.
     """
     if name.startswith(synthetic.PREFIX):
         model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, attention)
@@ -185,7 +192,8 @@ def load_model(
 
 
 def load_tokenizer(name: str):
-    """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of its own)."""
+    """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of
+    its own)."""
     if name.startswith(synthetic.PREFIX):
         return synthetic.Tokenizer(synthetic.config(name.removeprefix(synthetic.PREFIX)).vocab_size)
     with hub_errors("--model", name):
@@ -231,7 +239,8 @@ def head_logits(hidden, weight, bias, softcap):
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the tokenizer's."""
+    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the
+    tokenizer's."""
     configured = base_model(model).generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -243,9 +252,11 @@ def end_tokens(model, tokenizer) -> list[int]:
 def make_trainable(
     model, lora_rank: int, lora_alpha: int, gradient_checkpointing: bool, task: str = "CAUSAL_LM"
 ):
-    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen weights. `task` is peft's.
+    """The policy: all weights trainable (`lora_rank` 0), or a LoRA adapter on every linear layer of frozen
+    weights. `task` is peft's.
 
-    The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32 copy of every layer's input.
+    The adapter computes in the model's dtype, as everything else does; in float32 it would keep a float32
+    copy of every layer's input.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -266,7 +277,8 @@ def make_trainable(
 def checkpointing(model):
     """Context in which a model made with gradient checkpointing does checkpoint: transformers' training mode.
 
-    Only where a gradient is wanted: in training mode such a model ignores its caches. Nothing else changes, as every dropout is 0.
+    Only where a gradient is wanted: in training mode such a model ignores its caches. Nothing else changes,
+        as every dropout is 0.
     """
     inner = base_model(model)
     inner.train(torch.is_grad_enabled())
@@ -277,26 +289,30 @@ def checkpointing(model):
 
 
 class LoraReference:
-    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no memory."""
+    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no
+    memory."""
 
     def __init__(self, policy):
         self.policy = policy
 
 
 def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
-    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights unadapted."""
+    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights
+    unadapted."""
     if hasattr(policy, "disable_adapter"):
         return LoraReference(policy)
     return load_model(name, dtype, device, attention)
 
 
 def adapter_switch(model):
-    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its adapter."""
+    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its
+    adapter."""
     return model.policy.disable_adapter() if isinstance(model, LoraReference) else contextlib.nullcontext()
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged into `model` for good."""
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged
+    into `model` for good."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.save_pretrained(folder)
@@ -321,21 +337,25 @@ def require_full_attention(model, longest: int) -> None:
     slides = window is not None and ("sliding_attention" in kinds or not getattr(config, "layer_types", None))
     require(
         not slides or longest <= window,
-        f"{config.model_type}: prompt and reply of up to {longest} tokens are longer than its attention's sliding window of {window}, "
+        f"{config.model_type}: prompt and reply of up to {longest} tokens are longer than its attention's "
+        f"sliding window of {window}, "
         "which is not supported. Lower --max-prompt-length or --max-new-tokens.",
     )
 
 
 def choose_sample_rows(requested: int, members: list, longest: int, optimiser_bytes: int = 16) -> int:
-    """Rows to decode at once: `requested`, or for 0 as many as a GPU's free memory holds; 64 where there is no GPU.
+    """Rows to decode at once: `requested`, or for 0 as many as a GPU's free memory holds; 64 where there is
+    no GPU.
 
-    For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is made:
+    For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is
+    made:
 
-        rows = (0.85 · free − optimiser_bytes · trained weights − prefill) / row        in bytes; at least 8, at most 1024
-        row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V      keys and values; logits on their way to a draw
+        rows = (0.85 · free − optimiser_bytes · trained weights − prefill) / row      at least 8, at most 1024
+        row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V       keys and values; logits
         prefill = PREFILL_TOKENS · 4 · (D_model + intermediate size) · element size
 
-    `optimiser_bytes` is what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`). Raises `UserError` for an architecture that `require_full_attention` refuses.
+    `optimiser_bytes` is what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`).
+    Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
     for member in members:
         require_full_attention(member, longest)
@@ -352,7 +372,8 @@ def choose_sample_rows(requested: int, members: list, longest: int, optimiser_by
 
 
 def key_value_numbers(config) -> int:
-    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv · D."""
+    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv ·
+    D."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (
         2

@@ -1,4 +1,5 @@
-"""Optimisation: AdamW whose small steps survive bfloat16 weights, in full and in less memory; learning-rate schedules."""
+"""Optimisation: AdamW whose small steps survive bfloat16 weights, in full and in less memory; learning-rate
+schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ STATES = ("float32", "bfloat16")  # values of --optimizer-states
 
 
 def make_optimiser(model, states: str, weight_decay: float) -> MasterAdamW | SplitAdamW:
-    """AdamW over the trainable weights of `model`, its states kept in `states`: float32 (`MasterAdamW`) or bfloat16 (`SplitAdamW`)."""
+    """AdamW over the trainable weights of `model`, its states kept in `states`: float32 (`MasterAdamW`) or
+    bfloat16 (`SplitAdamW`)."""
     return {"float32": MasterAdamW, "bfloat16": SplitAdamW}[states](model, weight_decay=weight_decay)
 
 
@@ -30,9 +32,8 @@ class _AdamW:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         # Kept from step to step: allocated amid activations they would break up the heap.
         self.grads = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.weights]
-        self._summed: set[int] = (
-            set()
-        )  # gradients that hold a part of this step's sum, and not the last step's
+        # gradients that hold a part of this step's sum, and not the last step's
+        self._summed: set[int] = set()
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)
         ]
@@ -49,7 +50,8 @@ class _AdamW:
         return hook
 
     def _clip(self, max_grad_norm: float) -> float:
-        """Scale the summed gradients down to `max_grad_norm`; returns their norm before. The next backward pass begins a new sum."""
+        """Scale the summed gradients down to `max_grad_norm`; returns their norm before. The next backward
+        pass begins a new sum."""
         for i in set(range(len(self.grads))) - self._summed:
             self.grads[i].zero_()
         self._summed.clear()
@@ -68,11 +70,13 @@ class _AdamW:
 class MasterAdamW(_AdamW):
     """AdamW on float32 master weights, with gradients accumulated in float32.
 
-    A step of 5e-7 is below half of bfloat16's spacing for every weight above 1e-4 or so, and rounds to nothing. The
-    masters keep it; the weights the model computes with are the masters rounded. Float32 weights are their own
-    masters. Each backward pass adds into `grads`, and the low-precision gradient is freed at once.
+    A step of 5e-7 is below half of bfloat16's spacing for every weight above 1e-4 or so, and rounds to
+    nothing. The masters keep it; the weights the model computes with are the masters rounded. Float32 weights
+    are their own masters. Each backward pass adds into `grads`, and the low-precision gradient is freed at
+    once.
 
-    Memory beyond the model's own weights, per weight: 4 (master, if bfloat16) + 8 (moments) + 4 (gradient) bytes.
+    Memory beyond the model's own weights, per weight: 4 (master, if bfloat16) + 8 (moments) + 4 (gradient)
+    bytes.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class MasterAdamW(_AdamW):
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, round into the weights; returns its norm."""
+        """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, round into the weights;
+        returns its norm."""
         norm = self._clip(max_grad_norm)
         for master, grad in zip(self.masters, self.grads, strict=True):
             master.grad = grad
@@ -124,16 +129,20 @@ class MasterAdamW(_AdamW):
 
 
 class SplitAdamW(_AdamW):
-    """AdamW in less memory: exact float32 masters at 2 bytes, moments in bfloat16 at 4. Interface as `MasterAdamW`.
+    """AdamW in less memory: exact float32 masters at 2 bytes, moments in bfloat16 at 4. Interface as
+    `MasterAdamW`.
 
-    A float32 number is a bfloat16 number and 16 more bits. So the master needs no copy of its own: it is the model's weight together with
-    its 16 low bits, kept as an int16, and joined for the update only. Nothing of it is lost, however small the step.
+    A float32 number is a bfloat16 number and 16 more bits. So the master needs no copy of its own: it is the
+    model's weight together with its 16 low bits, kept as an int16, and joined for the update only. Nothing of
+    it is lost, however small the step.
 
-    The first moment is rounded to nearest: it moves by a tenth of the gradient at each step. The second moves by a thousandth of itself, less
-    than bfloat16 can show, and would stand still; it is rounded up or down at random, with the chances that make the mean exact. Each step's
-    random numbers are a function of the step, so a resumed run draws the same.
+    The first moment is rounded to nearest: it moves by a tenth of the gradient at each step. The second moves
+    by a thousandth of itself, less than bfloat16 can show, and would stand still; it is rounded up or down at
+    random, with the chances that make the mean exact. Each step's random numbers are a function of the step,
+    so a resumed run draws the same.
 
-    Memory beyond the model's own weights, per weight: 2 (low bits, if bfloat16) + 4 (moments) + 4 (gradient) bytes.
+    Memory beyond the model's own weights, per weight: 2 (low bits, if bfloat16) + 4 (moments) + 4 (gradient)
+    bytes.
     """
 
     part = 2**22  # weights updated at once, so that the float32 working copies stay small
@@ -156,7 +165,8 @@ class SplitAdamW(_AdamW):
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, split into weights and low bits; returns its norm."""
+        """Clip the accumulated gradient to `max_grad_norm` (0 = no clipping), step, split into weights and
+        low bits; returns its norm."""
         norm = self._clip(max_grad_norm)
         self.steps += 1
         generator = torch.Generator(self.weights[0].device).manual_seed(self.steps)
@@ -183,7 +193,8 @@ class SplitAdamW(_AdamW):
             split_bits(master, weight, low)
 
     def state_dict(self) -> dict:
-        """Weights, their low bits, moments and step count: all that a resumed run needs to continue as if never stopped."""
+        """Weights, their low bits, moments and step count: all that a resumed run needs to continue as if
+        never stopped."""
         weights = [weight.detach() for weight in self.weights]
         return {
             "weights": weights,
@@ -216,9 +227,11 @@ def join_bits(weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
 
 
 def split_bits(master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> None:
-    """Write float32 `master` as its nearest bfloat16 into `weight` and what is missing, in units of the last float32 bit, into int16 `low`.
+    """Write float32 `master` as its nearest bfloat16 into `weight` and what is missing, in units of the last
+    float32 bit, into int16 `low`.
 
-    Halfway cases go away from zero: then the difference lies in −2¹⁵ … 2¹⁵ − 1, and fits. (To even, +2¹⁵ would occur.)
+    Halfway cases go away from zero: then the difference lies in −2¹⁵ … 2¹⁵ − 1, and fits. (To even, +2¹⁵
+        would occur.)
     """
     bits = master.view(torch.int32)
     high = (bits + 2**15).bitwise_right_shift_(16)
@@ -227,14 +240,16 @@ def split_bits(master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) ->
 
 
 def round_at_random(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Float32 `x` with its low 16 bits cleared, after a uniform number below 2¹⁶ was added to them: a bfloat16 value with mean x."""
+    """Float32 `x` with its low 16 bits cleared, after a uniform number below 2¹⁶ was added to them: a
+    bfloat16 value with mean x."""
     bits = x.view(torch.int32)
     noise = torch.empty_like(bits).random_(0, 2**16, generator=generator)
     return noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
-    """Learning rate of optimiser step `step` in 0..steps−1: linear warm-up over `warmup_ratio` of the steps, then `cosine`, `linear` or `constant`."""
+    """Learning rate of optimiser step `step` in 0..steps−1: linear warm-up over `warmup_ratio` of the steps,
+    then `cosine`, `linear` or `constant`."""
     warmup = max(1, math.ceil(warmup_ratio * steps)) if warmup_ratio > 0 else 0
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -21,19 +21,22 @@ def _glibc():
     return None
 
 
-SMALL_MICRO_BATCH = 256  # tokens; micro-batches up to this size, the default runs', say that little memory matters more than speed
+SMALL_MICRO_BATCH = (
+    256  # tokens; up to this size micro-batches say that little memory matters more than speed
+)
 
 
 def keep_freed_memory(micro_batch_tokens: int) -> None:
-    """Tell glibc to keep freed memory: giving activations back and faulting them in again costs a large part of a CPU step.
+    """Tell glibc to keep freed memory: giving activations back and faulting them in again costs a large part
+    of a CPU step.
 
-    Blocks above M_MMAP_THRESHOLD always go back. With small micro-batches gradients of the vocabulary do, which costs time.
+    Blocks above M_MMAP_THRESHOLD always go back. With small micro-batches gradients of the vocabulary do,
+    which costs time.
     """
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(
-            -3, 40 * 2**20 if micro_batch_tokens <= SMALL_MICRO_BATCH else 2**29
-        )  # M_MMAP_THRESHOLD; chunks of logits are 32 MB
+        # M_MMAP_THRESHOLD; chunks of logits are 32 MB
+        glibc.mallopt(-3, 40 * 2**20 if micro_batch_tokens <= SMALL_MICRO_BATCH else 2**29)
 
 
 def give_back_freed_memory() -> None:
@@ -43,7 +46,8 @@ def give_back_freed_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Peak bytes since the last reset: of the CUDA allocator where there is one, else of the process's resident set."""
+    """Peak bytes since the last reset: of the CUDA allocator where there is one, else of the process's
+    resident set."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):  # Linux
@@ -54,7 +58,8 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Start `peak_memory` anew where the system can: CUDA and Linux. Elsewhere it stays the peak since the start."""
+    """Start `peak_memory` anew where the system can: CUDA and Linux. Elsewhere it stays the peak since the
+    start."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -64,8 +69,9 @@ def reset_peak_memory() -> None:
 class Phases:
     """Seconds, tokens and peak memory of a run, by phase: sampling, judging, training, …
 
-    Use `phase(name)` around timed work and `add_tokens` or `add_batch` for what it computed. `lean` gives freed memory back before
-    each phase, for runs whose micro-batches say that little memory matters more than speed.
+    Use `phase(name)` around timed work and `add_tokens` or `add_batch` for what it computed. `lean` gives
+    freed memory back before each phase, for runs whose micro-batches say that little memory matters more than
+    speed.
     """
 
     def __init__(self, lean: bool = False):
@@ -78,9 +84,11 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an inner one are its own alone."""
+        """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an
+        inner one are its own alone."""
         if not self.open_phases and self.lean:
-            give_back_freed_memory()  # a phase's buffers differ in size from the last one's: their peaks would add up
+            # a phase's buffers differ in size from the last one's: their peaks would add up
+            give_back_freed_memory()
         self._close_measurement()
         self.open_phases.append(name)
         try:
@@ -102,7 +110,8 @@ class Phases:
         reset_peak_memory()
 
     def add_tokens(self, name: str, tokens: int, scored: int = 0) -> None:
-        """Count tokens of a phase: those sampled, or those a forward pass computed and, of the completions', scored."""
+        """Count tokens of a phase: those sampled, or those a forward pass computed and, of the completions',
+        scored."""
         self.phases[name] += Counter(tokens=tokens, scored=scored)
 
     def add_batch(self, name: str, batch) -> None:
@@ -111,7 +120,8 @@ class Phases:
         self.padding += Counter(places=batch.input_ids.numel(), tokens=batch.tokens)
 
     def set_apart(self, name: str, part: str, seconds: float) -> None:
-        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per second."""
+        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per
+        second."""
         if seconds:
             self.phases[name]["seconds"] -= seconds
             self.phases[part]["seconds"] += seconds

@@ -1,4 +1,5 @@
-"""What a run says of itself: where it came from, its curves, its result as a person reads it, its model card."""
+"""What a run says of itself: where it came from, its curves, its result as a person reads it, its model
+card."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def summary_text(summary: dict, folder: Path) -> str:
         "",
         f"policy against the starting model, {summary['eval_prompts']} held-out prompts",
         f"  win rate, judge {summary['judge']:<22} {rate('win_rate')}",
-        f"  win rate, judge {summary['eval_judge'] or '–':<22} {rate('eval_judge_win_rate')}   (never trained on)",
+        f"  win rate, judge {summary['eval_judge'] or '–':<22} {rate('eval_judge_win_rate')}   (never "
+        "trained on)",
         "                                         before    after",
     ]
     for label, key in (
@@ -114,7 +116,8 @@ def summary_text(summary: dict, folder: Path) -> str:
     minutes = summary["seconds"] / 60
     lines += [
         "",
-        f"{summary['steps']} steps, {minutes:.1f} minutes, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"{summary['steps']} steps, {minutes:.1f} minutes, peak memory "
+        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB",
         f"all of it in {folder}/ (model/ loads with transformers)",
     ]
     return "\n".join(lines)
@@ -137,7 +140,8 @@ library_name: transformers
 
 # {name}
 
-{args.model}, trained by cleanalign's `{script}.py` on the prompts of `{args.dataset}` with the judge `{args.judge}`.
+{args.model}, trained by cleanalign's `{script}.py` on the prompts of `{args.dataset}` \
+with the judge `{args.judge}`.
 
 Win rate against the starting model on {summary["eval_prompts"]} held-out prompts: {summary["win_rate"]:.3f} \
 (95 % interval {low:.3f} to {high:.3f}), by that judge. All arguments:

@@ -25,9 +25,9 @@ from cleanalign.reporting import environment, plot_curves, summary_text
 class Run(Phases):
     """The run folder and everything written to it while training; and, as `Phases`, its clock.
 
-    `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume` the folder is
-    continued. Use: `log(step, metrics)` once a step, `phase(name)` around timed work, `save`/`restore` for checkpoints,
-    `finish(summary)` at the end.
+    `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume`
+    the folder is continued. Use: `log(step, metrics)` once a step, `phase(name)` around timed work,
+    `save`/`restore` for checkpoints, `finish(summary)` at the end.
     """
 
     def __init__(self, script: str, args, steps: int):
@@ -46,13 +46,15 @@ class Run(Phases):
         self.writer = self.wandb = None
 
     def create(self) -> None:
-        """Make the folder and write args.json. Call once the arguments, model and data are known to be good."""
+        """Make the folder and write args.json. Call once the arguments, model and data are known to be
+        good."""
         if not self.args.resume:
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:
                 raise UserError(
-                    f"{self.folder} exists already. Choose another --run-name, or continue it with --resume {self.folder}."
+                    f"{self.folder} exists already. Choose another --run-name, or continue it with --resume "
+                    f"{self.folder}."
                 ) from None
             except OSError as error:
                 raise UserError(f"--run-dir {self.args.run_dir}: cannot be written: {error}") from error
@@ -63,7 +65,8 @@ class Run(Phases):
         print(f"run folder: {self.folder}", flush=True)
         if self.args.max_steps and self.steps < self.args.max_steps:
             print(
-                f"--max-steps {self.args.max_steps}: the data are used up after {self.steps} steps, or another flag ends the run there",
+                f"--max-steps {self.args.max_steps}: the data are used up after {self.steps} steps, or "
+                "another flag ends the run there",
                 flush=True,
             )
         with contextlib.suppress(ImportError):
@@ -123,7 +126,8 @@ class Run(Phases):
                 else "No checkpoint had been written yet"
             )
             raise UserError(
-                f"step {step}: the loss is {loss}. Rows of this batch: {', '.join(row_ids)}. {where}. Lower the learning rate, or look at these rows."
+                f"step {step}: the loss is {loss}. Rows of this batch: {', '.join(row_ids)}. {where}. Lower "
+                "the learning rate, or look at these rows."
             )
 
     # --- checkpoint ---
@@ -217,7 +221,8 @@ class Run(Phases):
         print(summary_text(summary, self.folder))
 
     def finish_dry_run(self, policy) -> None:
-        """End a `--dry-run` after its step: write dry_run.json and print what each phase took. Nothing is evaluated or saved."""
+        """End a `--dry-run` after its step: write dry_run.json and print what each phase took. Nothing is
+        evaluated or saved."""
         if self.bar:
             self.bar.close()
         if self.writer:

@@ -1,4 +1,5 @@
-"""Random weights, a stand-in tokenizer and random text at a real model's sizes: what `--dry-run` and the benchmarks run on.
+"""Random weights, a stand-in tokenizer and random text at a real model's sizes: what `--dry-run` and the
+benchmarks run on.
 
 The sizes are those of the published config.json files. Nothing is downloaded.
 """
@@ -133,7 +134,8 @@ def known(name: str) -> bool:
 
 
 def config(name: str) -> transformers.PretrainedConfig:
-    """The published configuration of `name`, or that of a model folder; every dropout 0, and nothing ends a reply."""
+    """The published configuration of `name`, or that of a model folder; every dropout 0, and nothing ends a
+    reply."""
     if name in CONFIGS:
         kind, sizes = CONFIGS[name]
         made = getattr(transformers, kind)(**sizes)
@@ -148,7 +150,8 @@ def config(name: str) -> transformers.PretrainedConfig:
 def model(
     name: str, dtype: torch.dtype, device: torch.device, attention: str, seed: int = 0
 ) -> transformers.PreTrainedModel:
-    """A causal language model in the shapes of `name` with random weights, made on `device` in `dtype`: no copy elsewhere, no float32 one."""
+    """A causal language model in the shapes of `name` with random weights, made on `device` in `dtype`: no
+    copy elsewhere, no float32 one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         made = transformers.AutoModelForCausalLM.from_config(
@@ -165,7 +168,8 @@ def meta_model(name: str) -> transformers.PreTrainedModel:
 
 
 class Tokenizer:
-    """One token a word: the word `w17` is the id 17. No special tokens and no chat template, so every length is exactly what was asked for."""
+    """One token a word: the word `w17` is the id 17. No special tokens and no chat template, so every length
+    is exactly what was asked for."""
 
     chat_template = None
     eos_token_id = pad_token_id = -1  # no sampled token is ever −1: replies run to their greatest length
