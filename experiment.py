@@ -340,8 +340,8 @@ class StagedExperiment(Experiment):
         return make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
 
     def kept_samples(self, name: str, model, prompts: list[list[int]], completions: int):
-        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads
-        them."""
+        """Samples [prompt][completion] of `model`, kept in the
+        run folder under `name`: a resumed run reads them."""
         file = self.run.folder / "replies" / f"{name}.json"
         if not file.exists():
             seed, progress = common.derive_seed(self.args.seed, name), f"sampling: {name}"
@@ -474,8 +474,8 @@ def stage_steps(args, examples: int, epochs: int) -> int:
 
 
 def stage_batches(args, stage: Stage, examples: int) -> list[list[int]]:
-    """Indices of every optimiser step of a stage: each epoch in an order of its own, `--max-steps` at
-    most."""
+    """Indices of every optimiser step of a stage: each
+    epoch in an order of its own, `--max-steps` at most."""
     batches = []
     for epoch in range(stage.epochs):
         order = list(range(examples))
@@ -589,8 +589,8 @@ def starting(exp: Experiment):
 def write_samples(
     exp: Experiment, texts: dict[str, list[str]], p: list[float], p_eval: list[float] | None
 ) -> None:
-    """samples.jsonl: all held-out prompts, both answers and what the judges say, so that anybody can count
-    again."""
+    """samples.jsonl: all held-out prompts, both answers and
+    what the judges say, so that anybody can count again."""
     columns = (exp.eval_rows, texts["start"], texts["policy"], p, p_eval or [None] * len(p))
     lines = []
     for row, start, policy, preference, other in zip(*columns, strict=True):
