@@ -22,7 +22,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import transformers
 from tqdm import tqdm
 from transformers.utils.hub import cached_file
 
-from cleanalign import synthetic
+from cleanalign import distributed, synthetic
 from cleanalign.data import Prompt, prompt_text, write_dialogue
 from cleanalign.decoding import left_pad
 from cleanalign.errors import UserError, near, optional_import, require
@@ -62,7 +62,32 @@ class Judge:
 
 def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--judge") -> Judge:
     """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not
-    there."""
+    there. Of several processes each asks its own copy about a share of the rows, and all get every answer."""
+    return dealt(judge_of(spec, device, flag))
+
+
+def dealt(judge: Judge) -> Judge:
+    """The judge, each process asking it about a share of the rows: all must ask together."""
+    if distributed.world() == 1:
+        return judge
+
+    def share(ask: Callable) -> Callable:
+        def ask_together(*columns) -> torch.Tensor:
+            own = [distributed.mine(column) for column in columns]
+            answers = distributed.attempt(lambda: ask(*own).tolist() if own[0] else [])
+            whole = torch.zeros(len(columns[0]))
+            for rank, part in enumerate(distributed.gather(answers)):
+                whole[rank :: distributed.world()] = torch.tensor(part)
+            return whole
+
+        return ask_together
+
+    score = judge.score and share(judge.score)
+    return replace(judge, preference=share(judge.preference), score=score)
+
+
+def judge_of(spec: str, device: torch.device | str, flag: str) -> Judge:
+    """This process's own judge that `spec` names."""
     if spec in LEXICONS:
         return scalar_judge(spec, LEXICONS[spec](), scale=LEXICON_SCALE)
     if spec == "cycle":

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from cleanalign import dry_run, synthetic
-from cleanalign.distributed import single_process
+from cleanalign import distributed, dry_run, synthetic
 from cleanalign.errors import UserError, near, require
 from cleanalign.models import HUB_MODELS, resolve_device
 from cleanalign.phases import keep_freed_memory
@@ -22,20 +21,37 @@ from cleanalign.phases import keep_freed_memory
 
 def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -> None:
     """Parse `argv` over the recipe that `--model` names, run `main(args)`, and end a user's mistake with one
-    message and exit code 2."""
+    message and exit code 2, on every process."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        single_process()
-        args = parse(recipes, argv)
-        keep_freed_memory(args.micro_batch_tokens)
-        with advice_when_out_of_memory(args):
-            main(dry_run.prepare(args) if args.dry_run else args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume RUN_FOLDER continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    with distributed.ending_together():
+        try:
+            distributed.join()
+            args = distributed.attempt(lambda: parse(recipes, argv))
+            require_same(argv)
+            keep_freed_memory(args.micro_batch_tokens)
+            with advice_when_out_of_memory(args):
+                args = dry_run.prepare(args) if args.dry_run else args
+                if args is not None:
+                    main(args)
+        except UserError as error:
+            code = distributed.fail(2)
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(code)
+        except KeyboardInterrupt:
+            code = distributed.fail(130)
+            print("\ninterrupted; --resume RUN_FOLDER continues from the last checkpoint", file=sys.stderr)
+            sys.exit(code)
+
+
+def require_same(argv: list[str]) -> None:
+    """Raise `UserError` unless every process was given the same arguments."""
+    given = distributed.gather(argv)
+    for rank, other in enumerate(given):
+        differ = [word for word in [*other, *given[0]] if (word in other) != (word in given[0])]
+        require(
+            other == given[0],
+            f"process {rank} was given other arguments than process 0: {' '.join(differ) or 'in another order'}.",
+        )
 
 
 def parse(recipes: dict, argv: list[str]):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from cleanalign import synthetic
+from cleanalign import distributed, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
 from cleanalign.errors import UserError, near, optional_import, require
 
@@ -312,11 +312,13 @@ def adapter_switch(model):
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged
-    into `model` for good."""
+    into `model` for good. Of several processes the first writes, and the others wait until it has."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if distributed.rank() == 0:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    distributed.barrier()
 
 
 # --- memory ---

@@ -11,19 +11,21 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from cleanalign import dry_run
+from cleanalign import distributed, dry_run
 from cleanalign.errors import UserError, optional_import, require
 from cleanalign.phases import SMALL_MICRO_BATCH, Phases, peak_memory
 from cleanalign.reporting import environment, plot_curves, summary_text
 
 
 class Run(Phases):
-    """The run folder and everything written to it while training; and, as `Phases`, its clock.
+    """The run folder and everything written to it while training; and, as `Phases`, its clock. Of several
+    processes the first writes; the others keep the same metrics and add their parts to the checkpoints.
 
     `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume`
     the folder is continued. Use: `log(step, metrics)` once a step, `phase(name)` around timed work,
@@ -39,6 +41,8 @@ class Run(Phases):
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             model = re.sub(r"[^\w.-]+", "-", Path(args.model).name)
             self.folder = Path(args.run_dir) / (args.run_name or f"{script}-{model}-seed{args.seed}-{stamp}")
+        self.folder = distributed.from_first(self.folder)  # one clock names it
+        self.writes = distributed.rank() == 0
         self.metrics: list[dict] = []
         self.seconds_before = 0.0
         self.started = time.perf_counter()
@@ -48,7 +52,7 @@ class Run(Phases):
     def create(self) -> None:
         """Make the folder and write args.json. Call once the arguments, model and data are known to be
         good."""
-        if not self.args.resume:
+        if not self.args.resume and self.writes:
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:
@@ -62,6 +66,7 @@ class Run(Phases):
                 {"script": self.script, "args": dataclasses.asdict(self.args), **environment()}, indent=2
             )
             (self.folder / "args.json").write_text(text + "\n")
+        distributed.attempt(self._require_folder)
         print(f"run folder: {self.folder}", flush=True)
         if self.args.max_steps and self.steps < self.args.max_steps:
             print(
@@ -69,6 +74,8 @@ class Run(Phases):
                 "another flag ends the run there",
                 flush=True,
             )
+        if not self.writes:
+            return
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -81,6 +88,13 @@ class Run(Phases):
                 config=dataclasses.asdict(self.args),
                 dir=str(self.folder),
             )
+
+    def _require_folder(self) -> None:
+        distributed.barrier()
+        require(
+            (self.folder / "args.json").exists(),
+            f"{self.folder} cannot be seen there. --run-dir must lie on a file system that all machines share.",
+        )
 
     def fewer_steps(self, by: int) -> None:
         """Shorten the run's planned steps, for the progress bar's time left."""
@@ -95,10 +109,13 @@ class Run(Phases):
             "step": step,
             **{k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()},
         }
-        if self.padding:
-            row["padding_fraction"] = 1 - self.padding["tokens"] / self.padding["places"]
+        padding = distributed.total(self.padding)
+        if padding:
+            row["padding_fraction"] = 1 - padding["tokens"] / padding["places"]
             self.padding.clear()
         self.metrics.append(row)
+        if not self.writes:
+            return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         for key, value in row.items():
@@ -133,24 +150,35 @@ class Run(Phases):
     # --- checkpoint ---
 
     def save(self, state: dict) -> None:
-        """Write checkpoint/ atomically: the old one stays whole until the new one is complete."""
+        """Write checkpoint/ atomically: the old one stays whole until the new one is complete. Each process writes
+        its shards (what has "offsets"), and the first one also the rest."""
         state = {**state, "metrics": len(self.metrics), "seconds": self.seconds()}
+        if not self.writes:
+            state = {name: value for name, value in state.items() if is_shard(value)}
         new, old, current = (
             self.folder / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint")
         )
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir()
-        try:
-            with open(new / "state.pt", "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(new, ignore_errors=True)
-            raise UserError(
-                f"{new}: the checkpoint could not be written ({error}). The one before it is kept."
-            ) from error
+        if self.writes:
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            new.mkdir()
+        distributed.barrier()
+
+        def write():
+            try:
+                with open(new / state_file(distributed.rank()), "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:
+                shutil.rmtree(new, ignore_errors=True)
+                raise UserError(
+                    f"{new}: the checkpoint could not be written ({error}). The one before it is kept."
+                ) from error
+
+        distributed.attempt(write)
+        if not self.writes:
+            return
         if current.exists():
             current.rename(old)
         new.rename(current)
@@ -164,25 +192,21 @@ class Run(Phases):
             not (self.folder / "summary.json").exists(),
             f"--resume {self.folder}: this run is finished; see its summary.json.",
         )
-        file = next(
-            (
-                f
-                for f in (self.folder / "checkpoint/state.pt", self.folder / "checkpoint.old/state.pt")
-                if f.exists()
-            ),
-            None,
-        )
+        folders = (self.folder / name for name in ("checkpoint", "checkpoint.old"))
+        file = distributed.from_first(next((f for f in folders if (f / "state.pt").exists()), None))
         log = self.folder / "metrics.jsonl"
         if file is None:  # stopped before its first checkpoint: the same run from the beginning
             print(f"{self.folder}: no checkpoint yet, so the run starts from its first step", flush=True)
-            log.unlink(missing_ok=True)
+            if self.writes:
+                log.unlink(missing_ok=True)
             return None
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_shards(file)
         lines = log.read_text().splitlines()[: state["metrics"]] if log.exists() else []
-        self.metrics = [json.loads(line) for line in lines]
-        temporary = log.with_suffix(".new")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(log)
+        self.metrics = distributed.from_first([json.loads(line) for line in lines])
+        if self.writes:
+            temporary = log.with_suffix(".new")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            temporary.replace(log)
         self.seconds_before = state["seconds"]
         return state
 
@@ -196,13 +220,20 @@ class Run(Phases):
         """Write summary.json and curves.png, close the logs and print the result."""
         if self.bar:
             self.bar.close()
+        peaks = distributed.gather(max(self.peak_memory_bytes, peak_memory()))
+        rates = self.throughput()
+        if not self.writes:
+            return
         summary = {
             **summary,
             "steps": len(self.metrics),
             "seconds": round(self.seconds(), 1),
-            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory()),
+            "peak_memory_bytes": max(peaks),
         }
-        for name, value in self.throughput().items():
+        if distributed.world() > 1:
+            summary["processes"] = distributed.world()
+            summary["bytes_sent_by_first_process"] = dict(distributed.sent)
+        for name, value in rates.items():
             summary[name] = round(value, 1)
         summary["phase_seconds"] = {name: round(phase["seconds"], 1) for name, phase in self.phases.items()}
         summary["phase_peak_memory_bytes"] = {
@@ -227,11 +258,40 @@ class Run(Phases):
             self.bar.close()
         if self.writer:
             self.writer.close()
-        dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
+        if self.writes:
+            dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
 
 
-def keep(file: Path, value) -> None:
-    """Write `value` as JSON; the file appears whole or not at all."""
-    file.parent.mkdir(exist_ok=True)
-    file.with_suffix(".new").write_text(json.dumps(value))
-    file.with_suffix(".new").replace(file)
+def state_file(rank: int) -> str:
+    """Name of a process's file in a checkpoint."""
+    return f"state-{rank}.pt" if rank else "state.pt"
+
+
+def is_shard(value) -> bool:
+    """Whether a checkpoint's value is a process's part of something: of an optimiser's state, of an average."""
+    return isinstance(value, dict) and "offsets" in value
+
+
+def read_shards(folder: Path) -> dict:
+    """A checkpoint's state, its shards as lists, one of each process that wrote it."""
+    files = [folder / state_file(0)]
+    while (more := folder / state_file(len(files))).exists():
+        files.append(more)
+    read = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+    whole = {
+        name: [part[name] for part in read] if is_shard(value) else value for name, value in read[0].items()
+    }
+    return whole
+
+
+def kept(file: Path, make: Callable):
+    """make()'s value, from now on kept in `file` as JSON: it is made once. The file appears whole or not at
+    all."""
+    text = distributed.from_first(file.read_text() if file.exists() else None)
+    if text is None:
+        text = json.dumps(make())
+        if distributed.rank() == 0:
+            file.parent.mkdir(exist_ok=True)
+            file.with_suffix(".new").write_text(text)
+            file.with_suffix(".new").replace(file)
+    return json.loads(text)
