@@ -441,6 +441,8 @@ def main(args: Args) -> None:
     )
     batches = plan_batches(args, len(exp.rows))
     exp.begin(len(batches))
+    if exp.trained:
+        return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     ema = EMA(optimiser, args.ema_decay) if args.holds().average else None
     if exp.state:
@@ -463,11 +465,10 @@ def main(args: Args) -> None:
                 ema.update()
         metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
         exp.run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
-        if exp.run.due(step):
-            average = ema.state_dict() if ema else None
-            exp.run.save({"step": step, "optimiser": optimiser.state_dict(), "ema": average})
+        average = ema.state_dict() if ema else None
+        exp.run.keep(step, {"step": step, "optimiser": optimiser.state_dict(), "ema": average})
 
-    # 4. Compare with the starting model on held-out prompts; save.
+    # 4. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

@@ -49,7 +49,12 @@ RUNS = {
     "nash_md mixture": ("nash_md", "prompts", GOOD, [*MD, "--opponent=mixture", "--beta=0.3"]),
     "nash_md ema": ("nash_md", "prompts", GOOD, [*MD, "--opponent=ema", "--ema-decay=0.5"]),
     "nash_md self": ("nash_md", "prompts", GOOD, [*MD, "--opponent=self", "--samples-per-prompt=3"]),
-    "afd irl": ("afd", "demonstrations", REWARD, [*AFD, "--reward=reward-model", "--pairs", "init-sft", "sft-demo"]),
+    "afd irl": (
+        "afd",
+        "demonstrations",
+        REWARD,
+        [*AFD, "--reward=reward-model", "--pairs", "init-sft", "sft-demo"],
+    ),
     "afd reverse-kl": ("afd", "demonstrations", REWARD, [*ADVERSARIAL, "--objective=reverse-kl"]),
     "spin": ("spin", "demonstrations", REWARD, SPIN),
 }
@@ -78,7 +83,13 @@ def flags(world: Path, name: str, weights: str, runs: Path, run_name: str) -> tu
     """Script and flags of a run of `RUNS`."""
     script, data, judge, more = RUNS[name]
     common = [f"--model={world}/model", f"--dataset={world}/{data}.jsonl", f"--judge={world}/{judge}"]
-    common += ["--eval-judge=None", "--device=cpu", "--dtype=float32", "--max-new-tokens=6", "--eval-prompts=7"]
+    common += [
+        "--eval-judge=None",
+        "--device=cpu",
+        "--dtype=float32",
+        "--max-new-tokens=6",
+        "--eval-prompts=7",
+    ]
     # 8 pairs on 3 processes, and a last step of a few: no share is even, some are empty
     common += ["--batch-size=8", "--micro-batch-tokens=160", f"--run-dir={runs}", f"--run-name={run_name}"]
     return script, [*common, *more, *WEIGHTS[weights]]
@@ -174,7 +185,9 @@ def difference(a: Path, b: Path) -> dict:
 def record(name: str, value) -> None:
     """Write one part of the results."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     results[name] = {"command": " ".join(sys.argv[1:]), "commit": commit, **value}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -188,7 +201,10 @@ def matrix(names: list[str]) -> None:
         here, table = world(Path(scratch)), {}
         cases = [(name, weights) for name in names or RUNS for weights in WEIGHTS]
         for count in (1, 2, 3):
-            plan = [flags(here, name, w, here / f"runs-{count}", f"{name} {w}".replace(" ", "-")) for name, w in cases]
+            plan = [
+                flags(here, name, w, here / f"runs-{count}", f"{name} {w}".replace(" ", "-"))
+                for name, w in cases
+            ]
             run_together(count, plan, here)
         for name, weights in cases:
             run = f"{name} {weights}".replace(" ", "-")
@@ -197,7 +213,9 @@ def matrix(names: list[str]) -> None:
                 table[f"{name}, {weights}, {count} processes"] = found
                 print(f"{name}, {weights}, {count} processes: {found}", flush=True)
     worst = max(found["apart"] for found in table.values())
-    print(f"greatest difference {worst:.1e}, samples the same: {all(f['same_samples'] for f in table.values())}")
+    print(
+        f"greatest difference {worst:.1e}, samples the same: {all(f['same_samples'] for f in table.values())}"
+    )
     record("matrix", {"greatest_difference": worst, "runs": table})
 
 

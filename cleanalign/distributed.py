@@ -36,6 +36,7 @@ import torch.distributed as dist
 import transformers
 
 from cleanalign.errors import UserError, require
+from cleanalign.signals import signals
 
 WAIT_FOR_START = timedelta(minutes=10)  # for the last process to join
 WAIT_FOR_OTHERS = timedelta(hours=2)  # in one call: the longest that one may compute alone
@@ -58,7 +59,7 @@ class _Place:
     rank, world = 0, 1
     store: dist.Store | None = None
     over = threading.Event()  # set once this process no longer minds the others
-    failed = False
+    failed = lost = False
 
 
 def rank() -> int:
@@ -76,6 +77,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if world() > 1 else 1
 
 
+def alone() -> bool:
+    """Whether there is nobody to wait for any more: this process has failed, or has lost the others."""
+    return _Place.failed or _Place.lost
+
+
 # --- shares ---
 
 
@@ -85,16 +91,18 @@ def mine(items: Sequence) -> Sequence:
 
 
 def gather(value, purpose: str = "results") -> list:
-    """Everybody's `value`, by rank."""
+    """Everybody's `value`, by rank. On its way goes who was asked to end: all end here, or none."""
     if world() == 1:
         return [value]
-    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(pickle.dumps((signals.received, value))), dtype=torch.uint8)
     sizes = _all_gather(torch.tensor([len(data)])).tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(data)] = data
     whole = _all_gather(padded).view(world(), -1)
     sent[purpose] += (world() - 1) * (len(padded) + 8)
-    return [pickle.loads(whole[r, :size].numpy().tobytes()) for r, size in enumerate(sizes)]
+    came = [pickle.loads(whole[r, :size].numpy().tobytes()) for r, size in enumerate(sizes)]
+    signals.agree([received for received, _ in came])
+    return [other for _, other in came]
 
 
 def merge(items: list) -> list:
@@ -246,6 +254,7 @@ def _talking():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        _Place.lost = True
         raise Lost(_who_is_gone()) from error
 
 
@@ -291,7 +300,7 @@ def join() -> None:
             f"process {number} of {count} could not join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
         ) from error
-    _Place.rank, _Place.world = place, size
+    _Place.rank, _Place.world, signals.together = place, size, True
     _Place.store = dist.PrefixStore("cleanalign", store.clone())  # a connection of its own: the thread's
     _Place.store.set(f"process {place}", f"{socket.gethostname()} {os.getpid()}")
     _Place.over.clear()
@@ -299,7 +308,7 @@ def join() -> None:
         target=_watch, args=(dist.PrefixStore("cleanalign", store.clone()),), daemon=True
     ).start()
     if place != 0:  # process 0 alone speaks
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = _silence()
         transformers.logging.set_verbosity_error()
     barrier()
 
@@ -330,18 +339,19 @@ def fail(code: int) -> int:
         return code
     _Place.failed = True
     _Place.over.set()
-    with contextlib.suppress(
-        RuntimeError
-    ):  # the store is gone: its machine's other processes cannot be asked
+    first = True
+    with contextlib.suppress(RuntimeError):  # the store is gone with its machine: whom to ask is not known
         first = _Place.store.add("failures", 1) == 1
         if first:
             _Place.store.set("code", str(code))
         else:
             code = int(_Place.store.get("code"))
-        sys.stderr = sys.__stderr__ if first else open(os.devnull, "w")
-        return code
-    sys.stderr = sys.__stderr__
+    sys.stderr = sys.__stderr__ if first else _silence()
     return code
+
+
+def _silence():
+    return open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
 
 
 def leave() -> None:
@@ -349,6 +359,7 @@ def leave() -> None:
     end."""
     if world() == 1:
         return
+    signals.busy = True
     if not _Place.failed:
         barrier()
     _Place.over.set()
@@ -360,7 +371,7 @@ def leave() -> None:
             time.sleep(0.05)
     if not _Place.failed:
         dist.destroy_process_group()
-    _Place.rank, _Place.world = 0, 1
+    _Place.rank, _Place.world, signals.together = 0, 1, False
 
 
 def _on() -> str:

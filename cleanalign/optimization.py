@@ -134,7 +134,7 @@ class _AdamW:
         """Detach from the model: hooks gone, gradients free to be collected."""
         for handle in self._hooks:
             handle.remove()
-        self.grads, self.parts = [], []
+        self.weights, self.parts, self.grads = [], [], []
 
 
 def copy_overlap(part: torch.Tensor, start: int, pieces: list[tuple[torch.Tensor, int]]) -> None:

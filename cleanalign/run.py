@@ -1,4 +1,8 @@
-"""The run folder and everything written to it; checkpoints."""
+"""The run folder and everything written to it, from its lock to its summary.
+
+Whatever ends a run, what was trained is lost for at most --save-every steps, nothing is written over, and a resumed
+run has the numbers of an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +23,26 @@ import torch
 from tqdm import tqdm
 
 from cleanalign import distributed, dry_run
-from cleanalign.errors import UserError, optional_import, require
+from cleanalign.checkpoint import Checkpoints
+from cleanalign.errors import JudgeFailure, UserError, optional_import, require
+from cleanalign.events import open_events
+from cleanalign.lock import Lock
 from cleanalign.phases import SMALL_MICRO_BATCH, Phases, peak_memory
 from cleanalign.reporting import environment, plot_curves, summary_text
+from cleanalign.signals import signals
+from cleanalign.storage import write_json, write_text, writing
 
 
 class Run(Phases):
     """The run folder and everything written to it while training; and, as `Phases`, its clock. Of several
-    processes the first writes; the others keep the same metrics and add their parts to the checkpoints.
+    processes the first writes; the others hold the same metrics and write their parts of the checkpoints.
 
     `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume`
-    the folder is continued. Use: `log(step, metrics)` once a step, `phase(name)` around timed work,
-    `save`/`restore` for checkpoints, `finish(summary)` at the end.
+    the folder is continued. Use: `phase(name)` around timed work, `log(step, metrics)` and `keep(step, state)`
+    once a step, `finish(summary)` at the end.
     """
+
+    current: Run | None = None  # the one that has its folder's lock, for whoever ends the program
 
     def __init__(self, script: str, args, steps: int):
         super().__init__(lean=args.micro_batch_tokens <= SMALL_MICRO_BATCH)
@@ -39,34 +51,31 @@ class Run(Phases):
             self.folder = Path(args.resume)
         else:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            model = re.sub(r"[^\w.-]+", "-", Path(args.model).name)
-            self.folder = Path(args.run_dir) / (args.run_name or f"{script}-{model}-seed{args.seed}-{stamp}")
+            self.folder = Path(args.run_dir) / (args.run_name or default_name(script, args) + stamp)
         self.folder = distributed.from_first(self.folder)  # one clock names it
         self.writes = distributed.rank() == 0
+        background = args.save_async == "on"
+        if args.save_async == "auto":
+            background = torch.cuda.is_available() and args.device in ("auto", "cuda")
+        self.checkpoints = Checkpoints(self.folder / "checkpoint", args.keep_checkpoints, background)
         self.metrics: list[dict] = []
+        self.unsaved: tuple[int, dict] | None = None  # step and state since the last checkpoint
         self.seconds_before = 0.0
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
-        self.writer = self.wandb = None
+        self.lock: Lock | None = None
+        self.events = self.wandb = None
 
     def create(self) -> None:
-        """Make the folder and write args.json. Call once the arguments, model and data are known to be
-        good."""
-        if not self.args.resume and self.writes:
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise UserError(
-                    f"{self.folder} exists already. Choose another --run-name, or continue it with --resume "
-                    f"{self.folder}."
-                ) from None
-            except OSError as error:
-                raise UserError(f"--run-dir {self.args.run_dir}: cannot be written: {error}") from error
-            text = json.dumps(
-                {"script": self.script, "args": dataclasses.asdict(self.args), **environment()}, indent=2
-            )
-            (self.folder / "args.json").write_text(text + "\n")
-        distributed.attempt(self._require_folder)
+        """Make the folder with args.json, or take an existing one's lock. Call once the arguments, model and
+        data are known to be good."""
+        if self.writes and self.args.resume:
+            self.lock = Lock(self.folder)
+        elif self.writes:
+            self._make_folder()
+        distributed.barrier()
+        distributed.attempt(self._see_folder)
+        Run.current = self
         print(f"run folder: {self.folder}", flush=True)
         if self.args.max_steps and self.steps < self.args.max_steps:
             print(
@@ -74,12 +83,38 @@ class Run(Phases):
                 "another flag ends the run there",
                 flush=True,
             )
+
+    def _make_folder(self) -> None:
+        """The folder appears by a rename, with args.json in it and its lock held."""
+        exists = f"{self.folder} exists already. Choose another --run-name, or continue it with --resume {self.folder}."
+        require(not self.folder.exists(), exists)
+        with writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            new = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".starting-"))
+            try:
+                new.chmod(0o777 & ~umask())
+                self.lock = Lock(new)
+                origin = {"script": self.script, "args": dataclasses.asdict(self.args), **environment()}
+                write_json(new / "args.json", origin, indent=2)
+                try:
+                    new.rename(self.folder)
+                except OSError:
+                    require(not self.folder.exists(), exists)  # another process was first
+                    raise
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
+
+    def _see_folder(self) -> None:
+        require(
+            (self.folder / "args.json").exists(),
+            f"{self.folder} cannot be seen. --run-dir must lie on a file system that all processes share.",
+        )
+
+    def _open_logs(self) -> None:
         if not self.writes:
             return
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder))
+        self.events = open_events(self.folder, len(self.metrics) + 1)
         if self.args.track:
             wandb = optional_import("wandb", "'cleanalign[track]'")
             self.wandb = wandb.init(
@@ -89,12 +124,26 @@ class Run(Phases):
                 dir=str(self.folder),
             )
 
-    def _require_folder(self) -> None:
-        distributed.barrier()
-        require(
-            (self.folder / "args.json").exists(),
-            f"{self.folder} cannot be seen there. --run-dir must lie on a file system that all machines share.",
-        )
+    def close(self) -> None:
+        """Give the folder up: the last checkpoint is written to its end, logs are closed, the lock is free."""
+        Run.current = None
+        try:
+            self.checkpoints.wait()
+        finally:
+            if self.bar:
+                self.bar.close()
+            if self.lock:
+                self.lock.release()
+
+    # --- while training ---
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """`Phases.phase`. While the phase "training" changes the weights, and until `keep`, a signal waits."""
+        if name == "training":
+            signals.busy, self.unsaved = True, None
+        with super().phase(name):
+            yield
 
     def fewer_steps(self, by: int) -> None:
         """Shorten the run's planned steps, for the progress bar's time left."""
@@ -105,10 +154,7 @@ class Run(Phases):
 
     def log(self, step: int, metrics: dict[str, float], show: tuple[str, ...] = ()) -> None:
         """Write one step's metrics everywhere; `show` names those beside the progress bar."""
-        row = {
-            "step": step,
-            **{k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()},
-        }
+        row = {"step": step, **metrics}
         padding = distributed.total(self.padding)
         if padding:
             row["padding_fraction"] = 1 - padding["tokens"] / padding["places"]
@@ -116,11 +162,11 @@ class Run(Phases):
         self.metrics.append(row)
         if not self.writes:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if self.writer and isinstance(value, (int, float)):
-                self.writer.add_scalar(key, value, step)
+        file = self.folder / "metrics.jsonl"
+        with writing(file), open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if self.events:
+            self.events.add(step, {k: v for k, v in row.items() if isinstance(v, (int, float))})
         if self.wandb:
             self.wandb.log(row, step=step)
         if self.bar is None:
@@ -128,86 +174,88 @@ class Run(Phases):
         self.bar.update(1)
         self.bar.set_postfix({k: f"{row[k]:.3g}" for k in show if k in row})
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`: every --save-every steps, but not after the last."""
-        every = self.args.save_every
-        return bool(every) and step % every == 0 and step < self.steps
-
     def stop_unless_finite(self, step: int, loss: float, row_ids: list[str]) -> None:
         """A NaN or infinite loss ends the run, naming step and rows, before it can reach the weights."""
-        if not math.isfinite(loss):
-            kept = self.folder / "checkpoint"
-            where = (
-                f"The checkpoint before it is kept: {kept}"
-                if kept.exists()
-                else "No checkpoint had been written yet"
-            )
-            raise UserError(
-                f"step {step}: the loss is {loss}. Rows of this batch: {', '.join(row_ids)}. {where}. Lower "
-                "the learning rate, or look at these rows."
-            )
+        if math.isfinite(loss):
+            return
+        where = "No checkpoint had been written yet"
+        if found := self.checkpoints.found():
+            where = f"The checkpoint before it is kept: {found[-1][1]}"
+        raise UserError(
+            f"step {step}: the loss is {loss}. Rows of this batch: {', '.join(row_ids)}. {where}. Lower the "
+            "learning rate, or look at these rows."
+        )
 
     # --- checkpoint ---
 
+    def keep(self, step: int, state: dict) -> None:
+        """Once a step, when it is logged: `state` is what a resumed run needs to go on from here.
+
+        It is written every --save-every steps (not after the last: the weights are saved then), and when a
+        signal asks the run to end, which it then does. Otherwise it is remembered until the next step trains,
+        so that a judge that fails meanwhile costs nothing.
+        """
+        self.unsaved = (step, state)
+        every = self.args.save_every
+        due = every and step % every == 0 and step < self.steps
+        if due or signals.asked is not None:
+            self.save_unsaved()
+        signals.busy = False
+        signals.check()
+
     def save(self, state: dict) -> None:
-        """Write checkpoint/ atomically: the old one stays whole until the new one is complete. Each process writes
-        its shards (what has "offsets"), and the first one also the rest."""
-        state = {**state, "metrics": len(self.metrics), "seconds": self.seconds()}
-        if not self.writes:
-            state = {name: value for name, value in state.items() if is_shard(value)}
-        new, old, current = (
-            self.folder / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint")
-        )
-        if self.writes:
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            new.mkdir()
-        distributed.barrier()
+        """Write a checkpoint now. Raises `UserError` when the disk refuses; the ones before it stay."""
+        busy, signals.busy = signals.busy, True
+        rows = "".join(json.dumps(row) + "\n" for row in self.metrics)
+        with self.phase("saving"):
+            self.checkpoints.save(len(self.metrics), {**state, "seconds": self.seconds()}, rows)
+        self.unsaved = None
+        signals.busy = busy
 
-        def write():
-            try:
-                with open(new / state_file(distributed.rank()), "wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except (OSError, RuntimeError) as error:
-                shutil.rmtree(new, ignore_errors=True)
-                raise UserError(
-                    f"{new}: the checkpoint could not be written ({error}). The one before it is kept."
-                ) from error
+    def save_unsaved(self) -> None:
+        """Write what `keep` remembers, if the last checkpoint is older."""
+        if self.unsaved is not None:
+            self.save(self.unsaved[1])
 
-        distributed.attempt(write)
-        if not self.writes:
-            return
-        if current.exists():
-            current.rename(old)
-        new.rename(current)
-        shutil.rmtree(old, ignore_errors=True)
+    def save_before_the_end(self, error: BaseException) -> str:
+        """What can still be saved when `error` ends the program: the state that `keep` remembers, if the weights
+        have not changed since. Returns a sentence that says where the run stands, or nothing."""
+        ended_between_steps = isinstance(error, JudgeFailure) or not isinstance(error, Exception)
+        if ended_between_steps:
+            self.save_unsaved()
+        self.checkpoints.wait()
+        if ended_between_steps:  # so did the others: none may end them while they write
+            distributed.barrier()
+        found = self.checkpoints.found()
+        if not found:
+            return f"No checkpoint had been written: --resume {self.folder} starts from the first step."
+        step = found[-1][1].name.partition("-step-")[2]
+        return f"The last checkpoint is that of step {step}: continue with --resume {self.folder}."
 
     def restore(self) -> dict | None:
-        """The last checkpoint's state when resuming, else None; metrics.jsonl is cut back to its step."""
+        """The last whole checkpoint's state when resuming, else None; metrics.jsonl is cut back to its step."""
         if not self.args.resume:
+            self._open_logs()
             return None
         require(
             not (self.folder / "summary.json").exists(),
             f"--resume {self.folder}: this run is finished; see its summary.json.",
         )
-        folders = (self.folder / name for name in ("checkpoint", "checkpoint.old"))
-        file = distributed.from_first(next((f for f in folders if (f / "state.pt").exists()), None))
+        kept = self.checkpoints.load()
         log = self.folder / "metrics.jsonl"
-        if file is None:  # stopped before its first checkpoint: the same run from the beginning
+        if kept is None:  # stopped before its first checkpoint: the same run from the beginning
             print(f"{self.folder}: no checkpoint yet, so the run starts from its first step", flush=True)
             if self.writes:
-                log.unlink(missing_ok=True)
+                with writing(log):
+                    log.unlink(missing_ok=True)
+            self._open_logs()
             return None
-        state = read_shards(file)
-        lines = log.read_text().splitlines()[: state["metrics"]] if log.exists() else []
-        self.metrics = distributed.from_first([json.loads(line) for line in lines])
+        state, rows = kept
+        self.metrics = [json.loads(line) for line in rows.splitlines()]
         if self.writes:
-            temporary = log.with_suffix(".new")
-            temporary.write_text("".join(line + "\n" for line in lines))
-            temporary.replace(log)
+            write_text(log, rows)
         self.seconds_before = state["seconds"]
+        self._open_logs()
         return state
 
     # --- the end ---
@@ -217,11 +265,10 @@ class Run(Phases):
         return self.seconds_before + time.perf_counter() - self.started
 
     def finish(self, summary: dict, curves: tuple[str, ...]) -> None:
-        """Write summary.json and curves.png, close the logs and print the result."""
+        """Write curves.png and summary.json, close the logs and print the result."""
         if self.bar:
             self.bar.close()
-        peaks = distributed.gather(max(self.peak_memory_bytes, peak_memory()))
-        rates = self.throughput()
+        peaks, rates = distributed.gather(max(self.peak_memory_bytes, peak_memory())), self.throughput()
         if not self.writes:
             return
         summary = {
@@ -239,13 +286,15 @@ class Run(Phases):
         summary["phase_peak_memory_bytes"] = {
             name: phase["peak_memory_bytes"] for name, phase in self.phases.items()
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        plot_curves(self.metrics, curves, self.folder / "curves.png", self.folder.name)
-        for name in ("win_rate", "eval_judge_win_rate"):
-            if self.writer and summary.get(name) is not None:
-                self.writer.add_scalar(f"eval/{name}", summary[name], len(self.metrics))
-        if self.writer:
-            self.writer.close()
+        with writing(self.folder / "curves.png"):
+            plot_curves(self.metrics, curves, self.folder / "curves.png", self.folder.name)
+        if self.events:
+            rates = {f"eval/{name}": summary.get(name) for name in ("win_rate", "eval_judge_win_rate")}
+            self.events.add(len(self.metrics), {k: v for k, v in rates.items() if v is not None})
+            self.events.close()
+        write_json(
+            self.folder / "summary.json", summary, indent=2
+        )  # last: its presence says that all is done
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
@@ -256,42 +305,31 @@ class Run(Phases):
         evaluated or saved."""
         if self.bar:
             self.bar.close()
-        if self.writer:
-            self.writer.close()
+        if self.events:
+            self.events.close()
         if self.writes:
             dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
 
 
-def state_file(rank: int) -> str:
-    """Name of a process's file in a checkpoint."""
-    return f"state-{rank}.pt" if rank else "state.pt"
-
-
-def is_shard(value) -> bool:
-    """Whether a checkpoint's value is a process's part of something: of an optimiser's state, of an average."""
-    return isinstance(value, dict) and "offsets" in value
-
-
-def read_shards(folder: Path) -> dict:
-    """A checkpoint's state, its shards as lists, one of each process that wrote it."""
-    files = [folder / state_file(0)]
-    while (more := folder / state_file(len(files))).exists():
-        files.append(more)
-    read = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
-    whole = {
-        name: [part[name] for part in read] if is_shard(value) else value for name, value in read[0].items()
-    }
-    return whole
-
-
 def kept(file: Path, make: Callable):
-    """make()'s value, from now on kept in `file` as JSON: it is made once. The file appears whole or not at
-    all."""
+    """make()'s value, from now on kept in `file` as JSON: it is made once."""
     text = distributed.from_first(file.read_text() if file.exists() else None)
     if text is None:
-        text = json.dumps(make())
+        value = make()
+        text = json.dumps(value)
         if distributed.rank() == 0:
-            file.parent.mkdir(exist_ok=True)
-            file.with_suffix(".new").write_text(text)
-            file.with_suffix(".new").replace(file)
+            write_json(file, value)
     return json.loads(text)
+
+
+def default_name(script: str, args) -> str:
+    """What the names of runs without a --run-name begin with; the time they started at follows."""
+    model = re.sub(r"[^\w.-]+", "-", Path(args.model).name)
+    return f"{script}-{model}-seed{args.seed}-"
+
+
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
