@@ -12,11 +12,11 @@ Each writes its part of benchmark/results/processes.json. All on a CPU, by gloo.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -111,21 +111,15 @@ def environment(rank: int, count: int, port: int) -> dict[str, str]:
     return {**os.environ, **more}
 
 
-def start(count: int, command: list[str], folder: Path, rooted: Path = ROOT) -> list[subprocess.Popen]:
+def start(count: int, command: list[str], folder: Path) -> list[subprocess.Popen]:
     """`count` processes of one Python command, their output in `folder`."""
     port, started = free_port(), []
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(count):
-        files = [open(folder / f"{what}-{rank}.txt", "w") for what in ("out", "err")]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=rooted,
-                env=environment(rank, count, port),
-                stdout=files[0],
-                stderr=files[1],
-            )
-        )
+        env = environment(rank, count, port)
+        with open(folder / f"out-{rank}.txt", "w") as out, open(folder / f"err-{rank}.txt", "w") as err:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=err)
+        started.append(process)
     return started
 
 
@@ -219,7 +213,257 @@ def matrix(names: list[str]) -> None:
     record("matrix", {"greatest_difference": worst, "runs": table})
 
 
-COMMANDS = {"matrix": lambda rest: matrix(rest), "worker": lambda rest: worker(Path(rest[0]))}
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def killed(here: Path, number: int, span: float, rng: random.Random) -> dict:
+    """Start a run on 2 processes, kill -9 one of them within `span` seconds of its folder's appearing; how the other
+    one ended."""
+    script, argv = flags(here, "selm", "all weights", here / "runs", f"killed-{number}")
+    output, folder = here / f"killed-{number}", here / "runs" / f"killed-{number}"
+    processes = start(2, [f"{script}.py", *argv, *LONG], output)
+    while not (folder / "args.json").exists():
+        assert all(p.poll() is None for p in processes), (output / "err-0.txt").read_text()
+        time.sleep(0.001)
+    after, victim = rng.uniform(0, span), rng.randrange(2)
+    time.sleep(after)
+    over = processes[victim].poll() is not None
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    processes[victim].wait()
+    code = processes[1 - victim].wait(timeout=120)
+    last = ((output / f"err-{1 - victim}.txt").read_text().strip().splitlines() or [""])[-1]
+    found = {"victim": victim, "after": round(after, 3), "over": over, "code": code, "message": last[:160]}
+    return {**found, "seconds_until_all_ended": round(time.monotonic() - began, 2)}
+
+
+LONG = ["--epochs=4", "--save-every=1"]  # of the run that is killed: a third of it is saving
+
+
+def kills(count: int) -> None:
+    """kill -9 of one of 2 processes at `count` random moments of a run, then --resume with 1 and with 3."""
+    rng, scratch = random.Random(16), tempfile.mkdtemp()
+    here, table = world(Path(scratch)), []
+    script, argv = flags(here, "selm", "all weights", here / "runs", "whole")
+    run_together(2, [(script, [*argv, *LONG])], here)
+    span = json.loads((here / "runs/whole/summary.json").read_text())["seconds"]
+    while len(table) < count:
+        found = killed(here, len(table), span, rng)
+        if not found.pop("over"):
+            table.append(found)
+            print(found, flush=True)
+        else:
+            shutil.rmtree(here / f"runs/killed-{len(table)}")
+    for number, found in enumerate(table):
+        found["steps_saved"] = [p.name for p in (here / f"runs/killed-{number}/checkpoint").glob("*-step-*")]
+        for many in (1, 3):
+            shutil.copytree(here / f"runs/killed-{number}", here / f"runs-{many}/killed-{number}")
+    for many in (1, 3):
+        plan = [(script, [f"--resume={here}/runs-{many}/killed-{number}"]) for number in range(count)]
+        run_together(many, plan, here)
+    for number, found in enumerate(table):
+        for many in (1, 3):
+            ended = difference(here / "runs/whole", here / f"runs-{many}/killed-{number}")
+            found[f"resumed with {many}"] = ended
+    worst = max(found[f"resumed with {many}"]["apart"] for found in table for many in (1, 3))
+    slowest = max(found["seconds_until_all_ended"] for found in table)
+    print(f"{count} kills: greatest difference after resuming {worst:.1e}; all ended within {slowest} s")
+    record("kills", {"greatest_difference": worst, "slowest_end_seconds": slowest, "kills": table})
+    shutil.rmtree(scratch)
+
+
+# --- memory and bytes -------------------------------------------------------------------------------
+
+
+def llama(width: int, layers: int, vocabulary: int, dtype):
+    """A Llama with random weights, the same in every process."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def train_a_little(model, states: str, steps: int, passes: int) -> None:
+    """`steps` optimiser steps on random replies, in `passes` passes a process."""
+    import common
+    from cleanalign import distributed
+    from cleanalign.optimization import make_optimiser
+
+    prompts = [[5, 6, 7]] * (passes * distributed.world())
+    completions = [[[8, 9, 10, 11]]] * len(prompts)
+    optimiser = make_optimiser(model.requires_grad_(True), states, 0.0)
+    for _ in range(steps):
+        for part in optimiser.passes(common.shares(prompts, completions, 1)):
+            data = common.collate([prompts[i] for i in part], [completions[i] for i in part], "cpu")
+            (-common.completion_logprobs(model, data).sum() / len(prompts)).backward()
+        optimiser.step(1e-4, 1.0)
+
+
+def measured(kind: str, states: str) -> None:
+    """A process of `memory` or `bytes`; the first prints what it measured as JSON."""
+    import torch
+
+    from cleanalign import distributed
+    from cleanalign.phases import peak_memory, reset_peak_memory
+
+    torch.set_num_threads(1)
+    distributed.join()
+    size = (512, 12, 4096, torch.bfloat16) if kind == "memory" else (64, 4, 512, torch.float32)
+    model = llama(*size)
+    weights = sum(p.numel() for p in model.parameters())
+    steps, passes = 3, 2
+    train_a_little(llama(16, 1, 64, size[3]), states, 1, 1)  # connections, threads, kernels
+    reset_peak_memory()
+    before, wire = peak_memory(), bytes_on_the_wire()
+    distributed.sent.clear()
+    train_a_little(model, states, steps, passes)
+    count = distributed.world()
+    found = {
+        "processes": count,
+        "weights": weights,
+        "peak_above_the_model": peak_memory() - before,
+        "counted": sum(distributed.sent[name] for name in ("gradients", "weights")),
+        "on_the_wire": bytes_on_the_wire() - wire,
+        "formula": steps * (passes + 1) * weights * size[3].itemsize * (count - 1) // count,
+    }
+    if distributed.rank() == 0:
+        print(json.dumps(found))
+    distributed.leave()
+
+
+def bytes_on_the_wire() -> int:
+    """Bytes that this process has sent over TCP, as the kernel counts them (tcpi_bytes_sent of every open socket)."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as s:
+                if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
+                    info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    total += struct.unpack_from("Q", info, 200)[0] if len(info) >= 208 else 0
+        except OSError:
+            continue
+    return total
+
+
+def measure(kind: str, states: str, count: int) -> dict:
+    """What the first of `count` processes measures."""
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = start(count, [__file__, "measured", kind, states], Path(scratch))
+        codes = [process.wait() for process in processes]
+        assert not any(codes), (Path(scratch) / "err-0.txt").read_text()
+        return json.loads((Path(scratch) / "out-0.txt").read_text().splitlines()[-1])
+
+
+def memory() -> None:
+    """Peak memory of a process above its model, 1, 2 and 4 processes, both optimiser states."""
+    table = {}
+    for states, each in (("float32", 16), ("bfloat16", 10)):
+        rows = [measure("memory", states, count) for count in (1, 2, 4)]
+        for row in rows:
+            kept = {key: row[key] for key in ("processes", "weights", "peak_above_the_model")}
+            kept["formula"] = each * row["weights"] // row["processes"]
+            kept["fallen_by"] = rows[0]["peak_above_the_model"] - row["peak_above_the_model"]
+            kept["fallen_by_formula"] = each * row["weights"] - kept["formula"]
+            table[f"{states} states, {row['processes']} processes"] = kept
+            print(states, kept, flush=True)
+    record("memory", {"dtype": "bfloat16", "runs": table})
+
+
+def count_bytes() -> None:
+    """Bytes that a process sends while it trains: counted here, counted by the kernel, by the formula."""
+    rows = [measure("bytes", "float32", count) for count in (2, 3)]
+    for row in rows:
+        print(row)
+    record("bytes", {"runs": rows})
+
+
+# --- the default run, and one process as before --------------------------------------------------------
+
+
+def timed(command: list[str], rooted: Path, threads: int) -> float:
+    """Seconds of a command in a tree of this project."""
+    more = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(rooted)}
+    began = time.monotonic()
+    subprocess.run(command, cwd=rooted, env={**os.environ, **more}, check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def default() -> None:
+    """The default selm.py on 2 processes of one thread, and on one process of two threads."""
+    table = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        several = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
+        for name, start_by, threads in (("2 processes", several, 1), ("1 process", [sys.executable], 2)):
+            command = [*start_by, "selm.py", f"--run-dir={scratch}", f"--run-name={threads}"]
+            seconds = timed(command, ROOT, threads)
+            summary = json.loads((Path(scratch) / f"{threads}/summary.json").read_text())
+            keys = ("win_rate", "win_rate_interval", "seconds", "phase_seconds", "peak_memory_bytes", "kl")
+            table[name] = {"wall_seconds": round(seconds, 1), **{key: summary[key] for key in keys}}
+            table[name]["bytes_sent"] = summary.get("bytes_sent_by_first_process")
+            print(name, table[name], flush=True)
+    record("default", {"runs": table})
+
+
+def unchanged(commit: str) -> None:
+    """One process: whole runs as `commit` has them, and the speed of some steps of the default run, in turn."""
+    same, table = {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        here, before = world(Path(scratch)), Path(scratch) / "before"
+        before.mkdir()
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        subprocess.run(["tar", "-x", "-C", str(before)], input=archive.stdout, check=True)
+        for name in RUNS:
+            for weights in WEIGHTS:
+                run = f"{name} {weights}".replace(" ", "-")
+                for tree, runs in ((before, here / "runs-before"), (ROOT, here / "runs")):
+                    script, argv = flags(here, name, weights, runs, run)
+                    timed([sys.executable, f"{script}.py", *argv], tree, 1)
+                same[f"{name}, {weights}"] = unlike(here / "runs-before" / run, here / "runs" / run)
+                print(name, weights, same[f"{name}, {weights}"] or "the same", flush=True)
+        seconds = {"before": [], "now": []}
+        few = ["--max-steps=6", "--num-prompts=48", "--eval-prompts=16", f"--run-dir={scratch}"]
+        for turn in range(3):
+            for when, tree in (("before", before), ("now", ROOT)):
+                command = [sys.executable, "selm.py", *few, f"--run-name={when}-{turn}"]
+                timed(command, tree, 2)
+                summary = json.loads((Path(scratch) / f"{when}-{turn}/summary.json").read_text())
+                seconds[when].append(summary["seconds"])
+        table = {when: {"seconds": values, "least": min(values)} for when, values in seconds.items()}
+        ratio = table["before"]["least"] / table["now"]["least"]
+    print(f"speed now over before: {ratio:.3f} {seconds}")
+    record("unchanged", {"against": commit, "not_the_same": same, "speed": table, "ratio": ratio})
+
+
+def unlike(a: Path, b: Path) -> list[str]:
+    """What two runs do not have in common to the bit: names of metrics, of files."""
+    rows = zip(metrics_of(a), metrics_of(b), strict=True)
+    names = {name for x, y in rows for name in {*x, *y} if x.get(name) != y.get(name)}
+    for file in ("samples.jsonl", "model/model.safetensors"):
+        if (a / file).read_bytes() != (b / file).read_bytes():
+            names.add(file)
+    return sorted(names)
+
+
+COMMANDS = {
+    "matrix": lambda rest: matrix(rest),
+    "kills": lambda rest: kills(int(rest[0]) if rest else 20),
+    "memory": lambda rest: memory(),
+    "bytes": lambda rest: count_bytes(),
+    "default": lambda rest: default(),
+    "unchanged": lambda rest: unchanged(rest[0]),
+    "worker": lambda rest: worker(Path(rest[0])),
+    "measured": lambda rest: measured(*rest),
+}
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](sys.argv[2:])

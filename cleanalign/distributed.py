@@ -351,7 +351,7 @@ def fail(code: int) -> int:
 
 
 def _silence():
-    return open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    return open(os.devnull, "w")  # for as long as the process lives
 
 
 def leave() -> None:
