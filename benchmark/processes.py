@@ -13,6 +13,7 @@ Each writes its part of benchmark/results/processes.json. All on a CPU, by gloo.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -102,58 +104,112 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun would put into the environment of process `rank` of `count`; none for one process."""
-    more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    if count > 1:
-        more |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        more |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {**os.environ, **more}
+class Nursery:
+    """A process that has imported everything and forks the processes of runs: each then starts in no time."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        env |= {"TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, __file__, "nursery"]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=-1, stdout=-1)
+
+    def ask(self, **request):
+        """Have it do something; returns its answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, argvs: list[list[str]], folder: Path, **env) -> list[int]:
+        """Process ids of a run's processes, one for each of `argvs` (script and flags), their output in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        port, pids = free_port(), []
+        for rank, argv in enumerate(argvs):
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": len(argvs),
+                "LOCAL_WORLD_SIZE": len(argvs),
+            }
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = place if len(argvs) > 1 else {}
+            place = {key: str(value) for key, value in {**place, **env}.items() if value is not None}
+            pids.append(
+                self.ask(
+                    argv=argv, env=place, out=str(folder / f"out-{rank}"), err=str(folder / f"err-{rank}")
+                )
+            )
+        return pids
+
+    def wait(self, pids: list[int], seconds: float = 600) -> list[int | None]:
+        """Their exit codes (minus the signal that ended one), None for those still there after so long."""
+        return self.ask(wait=pids, seconds=seconds)
+
+    def run(self, count: int, script: str, argv: list[str], folder: Path) -> None:
+        """A whole run on `count` processes, which must end well."""
+        pids = self.start([[script, *argv]] * count, folder)
+        codes = self.wait(pids)
+        errors = "\n".join((folder / f"err-{rank}").read_text()[-2000:] for rank in range(count))
+        assert codes == [0] * count, f"{script} {argv}: {codes}\n{errors}"
+
+    def close(self) -> None:
+        """End it."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
 
 
-def start(count: int, command: list[str], folder: Path) -> list[subprocess.Popen]:
-    """`count` processes of one Python command, their output in `folder`."""
-    port, started = free_port(), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for rank in range(count):
-        env = environment(rank, count, port)
-        with open(folder / f"out-{rank}.txt", "w") as out, open(folder / f"err-{rank}.txt", "w") as err:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=err)
-        started.append(process)
-    return started
-
-
-def worker(file: Path) -> None:
-    """A process that does many runs, one after the other: the scripts are imported once."""
+def nursery() -> None:
+    """The nursery's own side: fork what standard input asks for."""
+    import matplotlib.pyplot
+    import peft
     import torch
+    from tensorboard.compat.proto import event_pb2  # noqa: F401
 
-    from cleanalign import distributed
+    assert matplotlib and peft
+    torch.set_num_threads(1)
+    for script in ("selm", "ipo_md", "nash_md", "afd", "spin"):
+        importlib.import_module(script)
+    over: dict[int, int] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            deadline, left = time.monotonic() + request["seconds"], set(request["wait"])
+            while (left := left - set(over)) and time.monotonic() < deadline:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid:
+                    over[pid] = os.waitstatus_to_exitcode(status)
+                else:
+                    time.sleep(0.005)
+            answer = [over.get(pid) for pid in request["wait"]]
+        else:
+            answer = os.fork()
+            if answer == 0:
+                born(**request)
+        print(json.dumps(answer), flush=True)
+
+
+def born(argv: list[str], env: dict, out: str, err: str) -> None:
+    """What a forked process does, until it ends."""
     from cleanalign.command_line import command_line
 
-    torch.set_num_threads(1)
-    plan = json.loads(file.read_text())
-    codes = []
-    for script, argv, port in plan:
-        os.environ["MASTER_PORT"] = str(port)
-        module = importlib.import_module(script)
-        distributed.sent.clear()
-        try:
-            command_line(module.main, module.RECIPES, argv)
-            codes.append(0)
-        except SystemExit as stop:
-            codes.append(stop.code)
-    sys.exit(max(codes))
-
-
-def run_together(count: int, plan: list[tuple[str, list[str]]], folder: Path) -> None:
-    """Do the runs of `plan`, (script, flags) each, on `count` processes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"plan-{count}.json"
-    file.write_text(json.dumps([(script, argv, free_port()) for script, argv in plan]))
-    processes = start(count, [__file__, "worker", str(file)], folder / f"output-{count}")
-    codes = [process.wait() for process in processes]
-    errors = [(folder / f"output-{count}/err-{rank}.txt").read_text()[-2000:] for rank in range(count)]
-    assert not any(codes), f"{codes}\n" + "\n".join(errors)
+    os.environ.update(env)
+    for descriptor, name in ((0, os.devnull), (1, out), (2, err)):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), descriptor)
+    code, sys.argv = 0, [f"{argv[0]}.py", *argv[1:]]
+    try:
+        if argv[0] == "measured":
+            measured(*argv[1:])
+        else:
+            module = importlib.import_module(argv[0])
+            command_line(module.main, module.RECIPES, argv[1:])
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -191,21 +247,22 @@ def record(name: str, value) -> None:
 
 def matrix(names: list[str]) -> None:
     """Every run of `RUNS` with every way of training of `WEIGHTS`, on 1, 2 and 3 processes."""
+    nursery, table = Nursery(), {}
     with tempfile.TemporaryDirectory() as scratch:
-        here, table = world(Path(scratch)), {}
-        cases = [(name, weights) for name in names or RUNS for weights in WEIGHTS]
-        for count in (1, 2, 3):
-            plan = [
-                flags(here, name, w, here / f"runs-{count}", f"{name} {w}".replace(" ", "-"))
-                for name, w in cases
-            ]
-            run_together(count, plan, here)
-        for name, weights in cases:
-            run = f"{name} {weights}".replace(" ", "-")
-            for count in (2, 3):
-                found = difference(here / "runs-1" / run, here / f"runs-{count}" / run)
-                table[f"{name}, {weights}, {count} processes"] = found
-                print(f"{name}, {weights}, {count} processes: {found}", flush=True)
+        here = world(Path(scratch))
+        for name in names or RUNS:
+            for weights in WEIGHTS:
+                run = f"{name} {weights}".replace(" ", "-")
+                for count in (1, 2, 3):
+                    runs = here / f"runs-{count}"
+                    nursery.run(
+                        count, *flags(here, name, weights, runs, run), here / "output" / f"{run}-{count}"
+                    )
+                for count in (2, 3):
+                    found = difference(here / "runs-1" / run, here / f"runs-{count}" / run)
+                    table[f"{name}, {weights}, {count} processes"] = found
+                    print(f"{name}, {weights}, {count} processes: {found}", flush=True)
+    nursery.close()
     worst = max(found["apart"] for found in table.values())
     print(
         f"greatest difference {worst:.1e}, samples the same: {all(f['same_samples'] for f in table.values())}"
@@ -215,61 +272,66 @@ def matrix(names: list[str]) -> None:
 
 # --- kills ----------------------------------------------------------------------------------------
 
-
-def killed(here: Path, number: int, span: float, rng: random.Random) -> dict:
-    """Start a run on 2 processes, kill -9 one of them within `span` seconds of its folder's appearing; how the other
-    one ended."""
-    script, argv = flags(here, "selm", "all weights", here / "runs", f"killed-{number}")
-    output, folder = here / f"killed-{number}", here / "runs" / f"killed-{number}"
-    processes = start(2, [f"{script}.py", *argv, *LONG], output)
-    while not (folder / "args.json").exists():
-        assert all(p.poll() is None for p in processes), (output / "err-0.txt").read_text()
-        time.sleep(0.001)
-    after, victim = rng.uniform(0, span), rng.randrange(2)
-    time.sleep(after)
-    over = processes[victim].poll() is not None
-    os.kill(processes[victim].pid, signal.SIGKILL)
-    began = time.monotonic()
-    processes[victim].wait()
-    code = processes[1 - victim].wait(timeout=120)
-    last = ((output / f"err-{1 - victim}.txt").read_text().strip().splitlines() or [""])[-1]
-    found = {"victim": victim, "after": round(after, 3), "over": over, "code": code, "message": last[:160]}
-    return {**found, "seconds_until_all_ended": round(time.monotonic() - began, 2)}
-
-
 LONG = ["--epochs=4", "--save-every=1"]  # of the run that is killed: a third of it is saving
+
+
+def killed(nursery: Nursery, here: Path, name: str, after: float, victim: int) -> dict:
+    """Start a run on 2 processes, kill -9 one of them so long after its folder appeared; how the other one ended."""
+    script, argv = flags(here, "selm", "all weights", here / "runs", name)
+    pids = nursery.start([[script, *argv, *LONG]] * 2, here / "output" / name)
+    while not (here / "runs" / name / "args.json").exists():
+        time.sleep(0.001)
+    time.sleep(after)
+    over = nursery.wait(pids[victim : victim + 1], 0) != [None]
+    began = time.monotonic()
+    if not over:
+        os.kill(pids[victim], signal.SIGKILL)
+    code = nursery.wait(pids, 120)[1 - victim]
+    seconds = round(time.monotonic() - began, 2)
+    last = (here / "output" / name / f"err-{1 - victim}").read_text().strip().splitlines() or [""]
+    found = {
+        "victim": victim,
+        "after": round(after, 3),
+        "over": over,
+        "code": code,
+        "message": last[-1][:200],
+    }
+    found["saved"] = sorted(p.name for p in (here / "runs" / name / "checkpoint").glob("*-step-*"))
+    found["within_a_save"] = (here / "runs" / name / "checkpoint/.new").exists()
+    return {**found, "seconds_until_all_ended": seconds}
+
+
+def resumed(nursery: Nursery, here: Path, name: str) -> dict:
+    """Resume copies of a killed run with 1 and with 3 processes; how far they end from the whole run."""
+    found = {}
+    for count in (1, 3):
+        copy = here / f"runs-{count}" / name
+        shutil.copytree(here / "runs" / name, copy)
+        nursery.run(count, "selm", [f"--resume={copy}"], here / "output" / f"{name}-{count}")
+        found[f"resumed with {count}"] = difference(here / "runs/whole", copy)
+    return found
 
 
 def kills(count: int) -> None:
     """kill -9 of one of 2 processes at `count` random moments of a run, then --resume with 1 and with 3."""
-    rng, scratch = random.Random(16), tempfile.mkdtemp()
-    here, table = world(Path(scratch)), []
-    script, argv = flags(here, "selm", "all weights", here / "runs", "whole")
-    run_together(2, [(script, [*argv, *LONG])], here)
-    span = json.loads((here / "runs/whole/summary.json").read_text())["seconds"]
-    while len(table) < count:
-        found = killed(here, len(table), span, rng)
-        if not found.pop("over"):
-            table.append(found)
-            print(found, flush=True)
-        else:
-            shutil.rmtree(here / f"runs/killed-{len(table)}")
-    for number, found in enumerate(table):
-        found["steps_saved"] = [p.name for p in (here / f"runs/killed-{number}/checkpoint").glob("*-step-*")]
-        for many in (1, 3):
-            shutil.copytree(here / f"runs/killed-{number}", here / f"runs-{many}/killed-{number}")
-    for many in (1, 3):
-        plan = [(script, [f"--resume={here}/runs-{many}/killed-{number}"]) for number in range(count)]
-        run_together(many, plan, here)
-    for number, found in enumerate(table):
-        for many in (1, 3):
-            ended = difference(here / "runs/whole", here / f"runs-{many}/killed-{number}")
-            found[f"resumed with {many}"] = ended
+    rng, nursery, table = random.Random(16), Nursery(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        here = world(Path(scratch))
+        script, argv = flags(here, "selm", "all weights", here / "runs", "whole")
+        nursery.run(2, script, [*argv, *LONG], here / "output/whole")
+        span = json.loads((here / "runs/whole/summary.json").read_text())["seconds"]
+        for attempt in itertools.count():
+            found = killed(nursery, here, f"killed-{attempt}", rng.uniform(0, span), rng.randrange(2))
+            if not found.pop("over"):
+                table.append({**found, **resumed(nursery, here, f"killed-{attempt}")})
+                print(table[-1], flush=True)
+            if len(table) == count:
+                break
+    nursery.close()
     worst = max(found[f"resumed with {many}"]["apart"] for found in table for many in (1, 3))
     slowest = max(found["seconds_until_all_ended"] for found in table)
     print(f"{count} kills: greatest difference after resuming {worst:.1e}; all ended within {slowest} s")
     record("kills", {"greatest_difference": worst, "slowest_end_seconds": slowest, "kills": table})
-    shutil.rmtree(scratch)
 
 
 # --- memory and bytes -------------------------------------------------------------------------------
@@ -355,20 +417,18 @@ def bytes_on_the_wire() -> int:
     return total
 
 
-def measure(kind: str, states: str, count: int) -> dict:
+def measure(nursery: Nursery, kind: str, states: str, count: int) -> dict:
     """What the first of `count` processes measures."""
     with tempfile.TemporaryDirectory() as scratch:
-        processes = start(count, [__file__, "measured", kind, states], Path(scratch))
-        codes = [process.wait() for process in processes]
-        assert not any(codes), (Path(scratch) / "err-0.txt").read_text()
-        return json.loads((Path(scratch) / "out-0.txt").read_text().splitlines()[-1])
+        nursery.run(count, "measured", [kind, states], Path(scratch))
+        return json.loads((Path(scratch) / "out-0").read_text().splitlines()[-1])
 
 
 def memory() -> None:
     """Peak memory of a process above its model, 1, 2 and 4 processes, both optimiser states."""
-    table = {}
+    table, nursery = {}, Nursery()
     for states, each in (("float32", 16), ("bfloat16", 10)):
-        rows = [measure("memory", states, count) for count in (1, 2, 4)]
+        rows = [measure(nursery, "memory", states, count) for count in (1, 2, 4)]
         for row in rows:
             kept = {key: row[key] for key in ("processes", "weights", "peak_above_the_model")}
             kept["formula"] = each * row["weights"] // row["processes"]
@@ -381,7 +441,8 @@ def memory() -> None:
 
 def count_bytes() -> None:
     """Bytes that a process sends while it trains: counted here, counted by the kernel, by the formula."""
-    rows = [measure("bytes", "float32", count) for count in (2, 3)]
+    nursery = Nursery()
+    rows = [measure(nursery, "bytes", "float32", count) for count in (2, 3)]
     for row in rows:
         print(row)
     record("bytes", {"runs": rows})
@@ -461,8 +522,7 @@ COMMANDS = {
     "bytes": lambda rest: count_bytes(),
     "default": lambda rest: default(),
     "unchanged": lambda rest: unchanged(rest[0]),
-    "worker": lambda rest: worker(Path(rest[0])),
-    "measured": lambda rest: measured(*rest),
+    "nursery": lambda rest: nursery(),
 }
 
 if __name__ == "__main__":
