@@ -33,16 +33,16 @@ RESULTS = ROOT / "benchmark/results/processes.json"
 sys.path[:0] = [str(ROOT), os.environ.get("TINY", str(ROOT / "tests"))]
 
 # Whole runs in the tiny world of the tests: name: (script, data, judge, flags).
-LEARN = ["--learning-rate=0.003"]
+LEARN = ["--learning-rate=0.001"]
 SELM = [*LEARN, "--iterations=3", "--num-prompts=42", "--alpha=0.1", "--save-every=4"]
 XPO = ["--exploration=xpo", "--samples-per-prompt=1", "--num-prompts=42", "--max-steps=5", "--alpha=0.01"]
 MD = [*LEARN, "--num-prompts=42", "--max-steps=5"]
-AFD = ["--num-prompts=44", "--dev-prompts=5", "--reward-prompts=21", "--max-n=3", "--learning-rate=0.003"]
-AFD += ["--min-demonstration-score=None", "--policy-learning-rate=0.003", "--reward-learning-rate=0.003"]
+AFD = ["--num-prompts=44", "--dev-prompts=5", "--reward-prompts=21", "--max-n=3", "--learning-rate=0.001"]
+AFD += ["--min-demonstration-score=None", "--policy-learning-rate=0.001", "--reward-learning-rate=0.001"]
 AFD += ["--epochs=1", "--policy-epochs=1", "--samples-per-prompt=3"]
 ADVERSARIAL = [*AFD, "--policy-steps=3", "--replay=0.3"]
-SPIN = ["--num-prompts=44", "--min-demonstration-score=None", "--learning-rate=0.003", "--epochs=1"]
-SPIN += ["--policy-learning-rate=0.003", "--policy-epochs=1", "--iterations=2"]
+SPIN = ["--num-prompts=44", "--min-demonstration-score=None", "--learning-rate=0.001", "--epochs=1"]
+SPIN += ["--policy-learning-rate=0.001", "--policy-epochs=1", "--iterations=2"]
 GOOD, REWARD = "judges.py:more_good", "judges.py:goodness"
 RUNS = {
     "selm": ("selm", "prompts", GOOD, SELM),
