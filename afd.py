@@ -420,7 +420,7 @@ def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
     def loss_of(examples, data):
         logprobs = common.completion_logprobs(policy, data)  # (G, 1, T)
         loss = -logprobs.sum((1, 2)).mean()
-        return loss, {"loss_per_token": -logprobs.detach().sum() / data.mask.sum()}
+        return loss, {"loss_per_token": (-logprobs.detach().sum(), data.mask.sum())}
 
     stage = Stage("sft", exp.args.epochs, exp.args.learning_rate)
     train_stage(exp, stage, policy, examples, loss_of)
@@ -528,7 +528,7 @@ def discriminator_step(
     args, (step, learning_rate) = exp.args, at
     prompts, completions = [e.prompt for e in batch], [e.completions for e in batch]
     means = common.Means(len(batch))
-    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
+    for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         data = collate_read([prompts[i] for i in part], [completions[i] for i in part], exp.device)
         scores = reward_scores(discriminator, data)  # (G, 2K)
         positive, negative = scores[:, ::2].flatten(), scores[:, 1::2].flatten()  # (G*K,)
@@ -547,7 +547,7 @@ def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, 
     args, run, policy, reference = exp.args, exp.run, exp.policy, exp.reference
     prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
     temperature, means = args.temperature, common.Means(len(batch))
-    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
+    for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
         advantage = torch.tensor([g.advantage for g in groups], device=exp.device).flatten()  # (G*K,)
@@ -565,7 +565,7 @@ def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, 
             "loss": loss,
             # at top-p 1 an unbiased estimate of KL(π ‖ π_SFT), nats per reply
             "kl": (logprobs.detach() - reference_logprobs).sum(-1).mean(),
-            "entropy": entropy.sum() / data.mask.sum(),
+            "entropy": (entropy.sum(), data.mask.sum()),
             "length": data.mask.sum(-1).mean(),
         }
         means.add([g.row_id for g in groups], measured)

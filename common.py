@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from cleanalign import distributed
 from cleanalign.data import Prompt, Row, load_rows, prompt_text, report_dropped, write_dialogue
 from cleanalign.decoding import Decoder, DraftingDecoder, left_pad, resolve_decoding, round_up
 from cleanalign.errors import UserError
@@ -76,6 +77,7 @@ __all__ = [
     "sample",
     "save_model",
     "sequence_logprobs",
+    "shares",
     "starting_model",
     "turn_end",
 ]
@@ -198,7 +200,8 @@ def sample(
         temperature: divides the logits; 0 is greedy. `top_p` < 1 keeps the smallest set of tokens with that
             mass.
         seed: row r's token t is drawn with the r,t-th of this seed's uniform numbers (inverse CDF), whatever
-            else is in its batch and whichever rows finish first.
+            else is in its batch and whichever rows finish first. Of several processes each decodes its share
+            of the prompts.
         mixture: (reference, beta): sample from π^(1−β) π_ref^β, renormalised for each token; each model keeps
             a cache of its own. The token is π's own draw where `accept_or_redraw` lets it stand, so that π
             can draft ahead of π_ref. β = 0 never runs the reference, β = 1 without `unmixed` never runs
@@ -207,7 +210,7 @@ def sample(
         max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its
             completions.
         decoding: how a step is launched, see `resolve_decoding`.
-        stats: what is added to it: `tokens`; `warmup_seconds` and `warmup_steps`, first runs of a batch
+        stats: what is added to it: `tokens`, of this process's share; `warmup_seconds` and `warmup_steps`, first runs of a batch
             shape, captures and compilation. A mixture sets `agreement`, the share of tokens at which both
             models' most likely token is the same, and where it drafts (`DraftingDecoder`) `draft_acceptance`,
             the share of the policy's drafts that the mixture draws too.
@@ -220,8 +223,8 @@ def sample(
     elif beta == 0:
         reference = None
     members = [model] if reference is None else [model, reference]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = len(prompts[order[-1]])
+    order = distributed.mine(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    longest = max(map(len, prompts))
     for member in members:
         require_full_attention(member, longest + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -231,8 +234,8 @@ def sample(
     # (prompts, completions, T, numbers)
     uniforms = torch.stack([torch.rand(shape, generator=generator) for _ in range(numbers)], -1)
     replies: list = [None] * len(prompts)
-    batches = -(-len(prompts) // max(1, max_rows // completions))
-    step = -(-len(prompts) // batches)  # batches of one size
+    batches = max(1, -(-len(order) // max(1, max_rows // completions)))
+    step = max(1, -(-len(order) // batches))  # batches of one size
     drafts = reference is not None and resolve_decoding(decoding, head(model)[0].device) == "eager"
     kind = DraftingDecoder if drafts else Decoder
     decoder = kind(
@@ -242,15 +245,21 @@ def sample(
         chunk = order[start : start + step]
         for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
             replies[i] = group
+    own = sum(len(reply) for group in replies if group is not None for reply in group)
+    replies = distributed.merge(replies)
     if stats is not None:
-        stats["tokens"] = stats.get("tokens", 0) + sum(len(reply) for group in replies for reply in group)
+        stats["tokens"] = stats.get("tokens", 0) + own
         stats["warmup_seconds"] = stats.get("warmup_seconds", 0.0) + decoder.warmup_seconds
         stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen)
         if reference is not None:
             agreeing, drawn = decoder.agreement.tolist()
-            stats["agreement"] = agreeing / drawn
-        if drafts:
-            stats["draft_acceptance"] = decoder.accepted / max(1, decoder.compared)
+            counts = {"agreeing": agreeing, "drawn": drawn}
+            if drafts:
+                counts |= {"accepted": decoder.accepted, "compared": decoder.compared}
+            counts = distributed.total(counts)
+            stats["agreement"] = counts["agreeing"] / counts["drawn"]
+            if drafts:
+                stats["draft_acceptance"] = counts["accepted"] / max(1, counts["compared"])
     return replies
 
 
@@ -445,7 +454,7 @@ def sequence_logprobs(
     `completion_logprobs`, per prompt if a list of (K,) lists."""
     result: list = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
-    for part in micro_batches(prompts, completions, micro_batch_tokens):
+    for part in shares(prompts, completions, micro_batch_tokens)[distributed.rank()]:
         batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)
         heat = (
             temperature
@@ -456,7 +465,7 @@ def sequence_logprobs(
         for i, row in zip(part, sums, strict=True):
             result[i] = row[: len(completions[i])]
         bar.update(len(part))
-    return result
+    return distributed.merge(result)
 
 
 def pad_rows(rows: list[list[float]], fill: float, device) -> torch.Tensor:
@@ -476,12 +485,8 @@ def micro_batches(
 
     Neighbours have the same number of completions and similar lengths, so little is padded.
     """
-
-    def size(i: int) -> tuple[int, int, int]:
-        return len(completions[i]), len(prompts[i]), max(map(len, completions[i]))
-
     parts, current = [], []
-    for i in sorted(range(len(prompts)), key=size):
+    for i in by_size(prompts, completions):
         wider = [*current, i]
         P = max(len(prompts[j]) for j in wider)
         K = max(len(completions[j]) for j in wider)
@@ -493,32 +498,69 @@ def micro_batches(
     return [*parts, current] if current else parts
 
 
+def by_size(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[int]:
+    """Indices of G prompts, by number and length of what is to be computed for each."""
+
+    def size(i: int) -> tuple[int, int, int]:
+        return len(completions[i]), len(prompts[i]), max(map(len, completions[i]))
+
+    return sorted(range(len(prompts)), key=size)
+
+
+def shares(
+    prompts: list[list[int]], completions: list[list[list[int]]], max_tokens: int
+) -> list[list[list[int]]]:
+    """Each process's `micro_batches`: the prompts are dealt out by size, so that all have about as much to do. A
+    process may be left without any."""
+    order, result = by_size(prompts, completions), []
+    for rank in range(distributed.world()):
+        own = order[rank :: distributed.world()]
+        parts = micro_batches([prompts[i] for i in own], [completions[i] for i in own], max_tokens)
+        result.append([[own[i] for i in part] for part in parts])
+    return result
+
+
 class Means:
-    """Means over a step of what its micro-batches measured, weighted by their prompts. Kept on the device and
-    read from it once."""
+    """Means over a step of what its micro-batches measured, weighted by their prompts; of several processes, over
+    all of theirs. Kept on the device and read from it once.
+
+    What is measured is a mean over the micro-batch's prompts, or a pair: a sum and what it is to be divided by,
+    for means over tokens. Neither kind depends on how the step is split.
+    """
 
     def __init__(self, prompts: int):
         self.prompts = prompts  # of the whole step
-        self.parts: list[tuple[list[str], dict[str, torch.Tensor]]] = []
-        self.losses: list[float] = []
+        self.parts: list[tuple[list[str], dict]] = []
+        self.read_parts: list[tuple[list[str], dict[str, list[float]]]] = []  # of all processes
 
-    def add(self, row_ids: list[str], measured: dict[str, torch.Tensor]) -> None:
-        """A micro-batch's rows and the means over them, scalars on one device; "loss" is among them."""
-        self.parts.append((row_ids, {name: value.detach().float() for name, value in measured.items()}))
+    def add(self, row_ids: list[str], measured: dict[str, torch.Tensor | tuple]) -> None:
+        """A micro-batch's rows and what was measured on them, scalars on one device; "loss" is among them."""
+        kept = {}
+        for name, value in measured.items():
+            pair = value if isinstance(value, tuple) else (value,)
+            kept[name] = [x.detach().float() for x in pair]
+        self.parts.append((row_ids, kept))
 
     def read(self) -> dict[str, float]:
         """{name: mean over the step}, summed in float64 on the host."""
-        names = list(self.parts[0][1])
-        values = torch.stack([measured[name] for _, measured in self.parts for name in names])
-        table = values.view(len(self.parts), len(names)).tolist()  # the one wait for the device
-        self.losses = [row[names.index("loss")] for row in table]
-        result = dict.fromkeys(names, 0.0)
-        for (row_ids, _), row in zip(self.parts, table, strict=True):
-            for name, value in zip(names, row, strict=True):
-                result[name] += value * len(row_ids) / self.prompts
+        flat = [x for _, kept in self.parts for pair in kept.values() for x in pair]
+        values = iter(torch.stack(flat).tolist() if flat else [])  # the one wait for the device
+        own = []
+        for row_ids, kept in self.parts:
+            own.append((row_ids, {name: [next(values) for _ in pair] for name, pair in kept.items()}))
+        self.read_parts = [part for parts in distributed.gather(own, "metrics") for part in parts]
+        result = dict.fromkeys(self.read_parts[0][1], 0.0)
+        divisors = dict.fromkeys(result, 0.0)
+        for row_ids, kept in self.read_parts:
+            for name, (value, *divisor) in kept.items():
+                result[name] += value if divisor else value * len(row_ids) / self.prompts
+                divisors[name] += divisor[0] if divisor else 0.0
+        for name, divisor in divisors.items():
+            if divisor:  # rounded to float32, as the quotient of one micro-batch's two numbers would be
+                result[name] = torch.tensor(result[name] / divisor, dtype=torch.float32).item()
         return result
 
     def not_finite(self) -> list[str]:
         """Rows of the micro-batches whose loss, as last read, is NaN or infinite."""
-        parts = zip(self.parts, self.losses, strict=True)
-        return [row_id for (row_ids, _), loss in parts if not math.isfinite(loss) for row_id in row_ids]
+        bad = [row_ids for row_ids, kept in self.read_parts if not math.isfinite(kept["loss"][0])]
+        return [row_id for row_ids in bad for row_id in row_ids]

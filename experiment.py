@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 
 import common
+from cleanalign import distributed
 from cleanalign.command_line import command_line, parse
 from cleanalign.data import Row, load_file, load_rows, prompt_text, require_no_leak, select_by_score
-from cleanalign.dry_run import Holds
+from cleanalign.dry_run import Holds, require_room
 from cleanalign.errors import require
 from cleanalign.models import (
     choose_attention,
@@ -39,10 +40,10 @@ from cleanalign.models import (
 )
 from cleanalign.optimization import bytes_per_weight, learning_rate_at, make_optimiser
 from cleanalign.reporting import model_card
-from cleanalign.run import Run
+from cleanalign.run import Run, kept
 from cleanalign.signals import signals
 from cleanalign.statistics import distinct_n, win_rate_interval
-from cleanalign.storage import require_space, write_json, write_text
+from cleanalign.storage import require_space, write_text
 from judges import Judge, both_orders, load_judge
 
 __all__ = [
@@ -104,6 +105,9 @@ class RunArgs:
     dry_run: bool = False
     """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory
     and speed by phase."""
+    processes: int | None = None
+    """With --dry-run: foresee the memory of each of so many processes, without having them. (A run has those that
+    torchrun starts.)"""
 
 
 def check_common(args) -> None:
@@ -116,6 +120,9 @@ def check_common(args) -> None:
     for name in ("num_prompts", "max_steps"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"{flag(name)} must be at least 1, got {value}.")
+    require(
+        args.processes is None or args.dry_run, "--processes goes with --dry-run; torchrun starts processes."
+    )
     require(0 < args.top_p <= 1, f"--top-p must lie in (0, 1], got {args.top_p}.")
     require(0 <= args.warmup_ratio <= 1, f"--warmup-ratio must lie in [0, 1], got {args.warmup_ratio}.")
 
@@ -157,6 +164,11 @@ class Experiment:
 
     def begin(self, steps: int) -> None:
         """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good."""
+        count = distributed.world()
+        require(
+            len(self.rows) >= count,
+            f"{count} processes and {len(self.rows)} training prompts: some would never have any. Start fewer.",
+        )
         self.run = Run(self.script, self.args, steps)
         self.run.create()
         require_space(self.run.folder, disk_bytes(self), "checkpoints and model of this run")
@@ -203,7 +215,10 @@ class Experiment:
             self.reference = None  # it was the policy's own weights
         with self.run.phase("evaluation"):
             summary = {**(more or {}), **evaluate(self)}
-        write_text(folder / "README.md", model_card(self.script, self.run.folder.name, self.args, summary))
+        if distributed.rank() == 0:
+            write_text(
+                folder / "README.md", model_card(self.script, self.run.folder.name, self.args, summary)
+            )
         self.run.finish(summary, curves)
 
 
@@ -219,10 +234,12 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     holds = args.holds()
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    require_room(args, device)
     judge = load_judge(args.judge, device)
     eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
     train_rows, test_rows = load_rows(args.dataset, columns, held_out=args.eval_prompts)
-    tokenizer = load_tokenizer(args.model)
+    with distributed.first_of_each_machine():
+        tokenizer = load_tokenizer(args.model)
     longest = args.max_prompt_length
     train = common.encode_rows(
         tokenizer, train_rows, longest, args.num_prompts, args.seed, "training prompts"
@@ -267,6 +284,7 @@ def rows_at_once(args, members: list, dtype: torch.dtype) -> int:
     states = sum(bytes_per_weight(args.optimizer_states, dtype).values())
     # the average, and while it plays the policy's own weights
     states += args.holds().average * (4 + dtype.itemsize)
+    states = -(-states // distributed.world())  # each process has its part of these
     return choose_sample_rows(args.sample_rows, members, args.max_prompt_length + args.max_new_tokens, states)
 
 
@@ -340,13 +358,14 @@ class StagedExperiment(Experiment):
         return make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
 
     def kept_samples(self, name: str, model, prompts: list[list[int]], completions: int):
-        """Samples [prompt][completion] of `model`, kept in the
-        run folder under `name`: a resumed run reads them."""
-        file = self.run.folder / "replies" / f"{name}.json"
-        if not file.exists():
+        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads
+        them."""
+
+        def draw():
             seed, progress = common.derive_seed(self.args.seed, name), f"sampling: {name}"
-            write_json(file, self.sample(prompts, seed, completions, model, progress=progress)[0])
-        return json.loads(file.read_text())
+            return self.sample(prompts, seed, completions, model, progress=progress)[0]
+
+        return kept(self.run.folder / "replies" / f"{name}.json", draw)
 
     def keep_within(self, stage: str, step: int, optimisers: dict, **more) -> None:
         """`Run.keep` after `step` steps of a stage."""
@@ -375,9 +394,11 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     `load_demonstrations` and the stages; the starting model is read once, for what it tells, and let go."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    require_room(args, device)
     judge = load_judge(args.judge, device)
     eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
-    tokenizer = load_tokenizer(args.model)
+    with distributed.first_of_each_machine():
+        tokenizer = load_tokenizer(args.model)
     longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
     attention = choose_attention(args.attention, device, longest)
     start = load_model(args.model, dtype, device, attention)
@@ -450,7 +471,7 @@ def train_stage(
         prompts, completions = [e.prompt for e in batch], [e.completions for e in batch]
         means = common.Means(len(batch))
         with run.phase("training"), sealed(exp.judge):
-            for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
+            for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
                 data = stage.collate([prompts[i] for i in part], [completions[i] for i in part], exp.device)
                 loss, measured = loss_of([batch[i] for i in part], data)
                 (loss * len(part) / len(batch)).backward()
@@ -487,8 +508,8 @@ def stage_batches(args, stage: Stage, examples: int) -> list[list[int]]:
 def with_reference(exp: StagedExperiment, name: str, model, examples: list[Example]) -> list[Example]:
     """The examples with `model`'s summed log-probs as their reference, kept in the run folder: a resumed run
     trains on the very same."""
-    file = exp.run.folder / "replies" / f"{name}-pairs.json"
-    if not file.exists():
+
+    def measure():
         columns = [
             [e.prompt for e in examples],
             [e.completions for e in examples],
@@ -498,8 +519,10 @@ def with_reference(exp: StagedExperiment, name: str, model, examples: list[Examp
         with exp.run.phase("reference"):
             sums = common.sequence_logprobs(model, *columns, exp.device, size, progress)
         filled = [replace(example, reference=row) for example, row in zip(examples, sums, strict=True)]
-        write_json(file, [dataclasses.asdict(example) for example in filled])
-    return [Example(**fields) for fields in json.loads(file.read_text())]
+        return [dataclasses.asdict(example) for example in filled]
+
+    file = exp.run.folder / "replies" / f"{name}-pairs.json"
+    return [Example(**fields) for fields in kept(file, measure)]
 
 
 @contextlib.contextmanager
@@ -589,8 +612,10 @@ def starting(exp: Experiment):
 def write_samples(
     exp: Experiment, texts: dict[str, list[str]], p: list[float], p_eval: list[float] | None
 ) -> None:
-    """samples.jsonl: all held-out prompts, both answers and
-    what the judges say, so that anybody can count again."""
+    """samples.jsonl: all held-out prompts, both answers and what the judges say, so that anybody can count
+    again."""
+    if distributed.rank() != 0:
+        return
     columns = (exp.eval_rows, texts["start"], texts["policy"], p, p_eval or [None] * len(p))
     lines = []
     for row, start, policy, preference, other in zip(*columns, strict=True):

@@ -303,7 +303,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
     temperature = 1.0 if args.offline else args.temperature
     prompts, completions = [p.prompt for p in batch], [p.completions for p in batch]
     means = common.Means(len(batch))
-    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
+    for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         pairs = [batch[i] for i in part]
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
         label = torch.tensor([p.label for p in pairs], device=exp.device)  # (G,)
@@ -331,7 +331,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
                 "logps/reference": reference_sums.mean(),
                 # of the sampled replies: at β = 0, and top-p 1, an unbiased estimate of KL(π ‖ π_ref)
                 "kl": (logprobs - reference_logprobs).sum(-1).mean(),
-                "entropy": entropy.sum() / data.mask.sum(),
+                "entropy": (entropy.sum(), data.mask.sum()),
                 "length": lengths.mean(),
             }
             means.add([p.row_id for p in pairs], measured)

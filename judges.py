@@ -33,7 +33,7 @@ import transformers
 from tqdm import tqdm
 from transformers.utils.hub import cached_file
 
-from cleanalign import synthetic
+from cleanalign import distributed, synthetic
 from cleanalign.data import Prompt, prompt_text, write_dialogue
 from cleanalign.decoding import left_pad
 from cleanalign.errors import JudgeFailure, UserError, near, optional_import, require
@@ -64,13 +64,30 @@ def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--jud
     """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not there.
 
     Whatever goes wrong when it is asked (an exception, a time-out, a wrong number of values, NaN, a preference
-    outside [0, 1]) is a `JudgeFailure`, by which a run knows to checkpoint first.
+    outside [0, 1]) is a `JudgeFailure`, by which a run knows to checkpoint first. Of several processes each asks its
+    own copy about a share of the rows, and all get every answer, or the failure.
     """
     judge = _make_judge(spec, device, flag)
     judge.preference = _checked(judge.preference, f"{flag} {spec}", "p(a ≻ b)", greatest=1.0)
     if judge.score is not None:
         judge.score = _checked(judge.score, f"{flag} {spec}", "score")
+    if distributed.world() > 1:
+        judge.preference, judge.score = _dealt(judge.preference), judge.score and _dealt(judge.score)
     return judge
+
+
+def _dealt(ask: Callable) -> Callable:
+    """`ask`, each process about its share of the rows. All must ask together."""
+
+    def ask_together(*columns) -> torch.Tensor:
+        own = [distributed.mine(column) for column in columns]
+        answers = distributed.attempt(lambda: ask(*own).tolist() if own[0] else [])
+        whole = torch.zeros(len(columns[0]))
+        for rank, part in enumerate(distributed.gather(answers)):
+            whole[rank :: distributed.world()] = torch.tensor(part)
+        return whole
+
+    return ask_together
 
 
 def _checked(ask: Callable, judge: str, what: str, greatest: float = math.inf) -> Callable:

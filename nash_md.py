@@ -259,10 +259,13 @@ class EMA:
         self.optimiser, self.decay = optimiser, decay
         self.weights = [master.clone() for master in optimiser.masters]
 
-    def load(self, saved: list[torch.Tensor]) -> None:
-        """Restore the average, on whatever device it was saved."""
-        for average, value in zip(self.weights, saved, strict=True):
-            average.copy_(value)
+    def state_dict(self) -> dict:
+        """The average, or of several processes this one's part of it."""
+        return {"weights": self.weights, "offsets": self.optimiser.offsets}
+
+    def load_state_dict(self, shards: list[dict]) -> None:
+        """Restore the average from what any number of processes have kept of it."""
+        self.optimiser.read(shards, "weights", self.weights)
 
     def update(self) -> None:
         """θ̄ ← d θ̄ + (1 − d) θ, with θ the float32 masters."""
@@ -272,16 +275,12 @@ class EMA:
     @contextlib.contextmanager
     def in_place_of_policy(self):
         """Context in which the policy computes with the averaged weights; its own are kept aside."""
-        trained = self.optimiser.weights
-        kept = [weight.detach().clone() for weight in trained]
-        with torch.no_grad():
-            for weight, average in zip(trained, self.weights, strict=True):
-                weight.copy_(average)
-            try:
-                yield
-            finally:
-                for weight, own in zip(trained, kept, strict=True):
-                    weight.copy_(own)
+        kept = [part.clone() for part in self.optimiser.parts]
+        self.optimiser.write(self.weights)
+        try:
+            yield
+        finally:
+            self.optimiser.write(kept)
 
 
 @dataclass
@@ -392,7 +391,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Group], step: int, learni
     args, run, policy, reference = exp.args, exp.run, exp.policy, exp.reference
     prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
     temperature, means = args.temperature, common.Means(len(batch))
-    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
+    for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
         preference = torch.tensor([g.preference for g in groups], device=exp.device).flatten()  # (G*K,)
@@ -416,7 +415,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Group], step: int, learni
                 "logps/reference": reference_logprobs.sum(-1).mean(),
                 # at top-p 1 an unbiased estimate of KL(π ‖ π_ref), nats per reply
                 "kl": (logprobs - reference_logprobs).sum(-1).mean(),
-                "entropy": entropy.sum() / data.mask.sum(),
+                "entropy": (entropy.sum(), data.mask.sum()),
                 "length": data.mask.sum(-1).mean(),
             }
             means.add([g.row_id for g in groups], measured)
@@ -449,7 +448,7 @@ def main(args: Args) -> None:
     if exp.state:
         optimiser.load_state_dict(exp.state["optimiser"])
         if ema:
-            ema.load(exp.state["ema"])
+            ema.load_state_dict(exp.state["ema"])
     done = exp.state["step"] if exp.state else 0
 
     for step in range(done + 1, len(batches) + 1):
@@ -466,7 +465,7 @@ def main(args: Args) -> None:
                 ema.update()
         metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
         exp.run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
-        average = ema.weights if ema else None
+        average = ema.state_dict() if ema else None
         exp.run.keep(step, {"step": step, "optimiser": optimiser.state_dict(), "ema": average})
 
     # 4. Save; compare with the starting model on held-out prompts.

@@ -18,6 +18,7 @@ import transformers
 from tqdm import tqdm
 
 import common
+from cleanalign import distributed
 from cleanalign.data import bare
 from cleanalign.errors import require
 from cleanalign.models import (
@@ -106,12 +107,13 @@ def rewards_of(
     """(G, M) rewards of M completions to each of G prompts."""
     hide = exp.args.hide_end
     read = [[as_read(completion, exp.ends, hide) for completion in group] for group in groups]
-    result = torch.zeros(len(prompts), len(groups[0]))
-    parts = common.micro_batches(prompts, read, 4 * exp.args.micro_batch_tokens)
+    result: list = [None] * len(prompts)
+    parts = common.shares(prompts, read, 4 * exp.args.micro_batch_tokens)[distributed.rank()]
     for part in tqdm(parts, desc=progress, leave=False, disable=progress is None):
         data = collate_read([prompts[i] for i in part], [read[i] for i in part], exp.device)
-        result[part] = reward_scores(model, data).cpu()
-    return result
+        for i, row in zip(part, reward_scores(model, data).tolist(), strict=True):
+            result[i] = row
+    return torch.tensor(distributed.merge(result))
 
 
 def train_on_pairs(

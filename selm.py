@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from cleanalign import distributed
 from cleanalign.errors import require
 from cleanalign.optimization import learning_rate_at, make_optimiser
 from experiment import Experiment, Holds, RunArgs, check_common, command_line, set_up
@@ -376,7 +377,8 @@ def take_reference(exp: Experiment, this: Round, pairs: list[Pair]) -> None:
     )
     model = exp.policy if exp.reference is None else exp.reference
     with exp.run.phase("reference"):
-        exp.run.add_tokens("reference", *common.count_tokens(prompts, completions))
+        own = distributed.mine(prompts), distributed.mine(completions)
+        exp.run.add_tokens("reference", *common.count_tokens(*own))
         sums = common.sequence_logprobs(
             model, prompts, completions, temperature, exp.device, args.micro_batch_tokens, progress
         )
@@ -403,7 +405,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
     alpha = args.alpha / args.beta if args.exploration == "xpo" else args.alpha
     prompts, completions = [p.prompt for p in batch], [p.completions for p in batch]
     means = common.Means(len(batch))
-    for part in common.micro_batches(prompts, completions, args.micro_batch_tokens):
+    for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         pairs = [batch[i] for i in part]
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
         temperature = common.pad_rows([p.temperature for p in pairs], 1.0, exp.device)  # (G, K)
@@ -444,7 +446,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
                 "logps/rejected": rejected.mean(),
                 # on the reference's own samples: an estimate of KL(π_ref ‖ π)
                 "kl": -(sums - reference)[:, :2].mean(),
-                "entropy": entropy.sum() / data.mask.sum(),
+                "entropy": (entropy.sum(), data.mask.sum()),
                 "length": data.mask[:, :2].sum(-1).mean(),
             }
             means.add([p.row_id for p in pairs], measured)

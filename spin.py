@@ -210,7 +210,7 @@ def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
     def loss_of(examples, data):
         logprobs = common.completion_logprobs(policy, data)  # (G, 1, T)
         loss = -logprobs.sum((1, 2)).mean()
-        return loss, {"loss_per_token": -logprobs.detach().sum() / data.mask.sum()}
+        return loss, {"loss_per_token": (-logprobs.detach().sum(), data.mask.sum())}
 
     train_stage(exp, Stage("sft", exp.args.epochs, exp.args.learning_rate), policy, examples, loss_of)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from cleanalign import distributed
 from cleanalign.statistics import best_of_n_score, best_of_n_win_rate, bootstrap
 
 BASELINES = ("length", "random", "judge (oracle)")
@@ -124,6 +125,8 @@ def plot_report(report: dict, path: Path) -> None:
 
 def write_report(report: dict, folder: Path) -> None:
     """best_of_n.json and best_of_n.png in `folder`, and the table on the terminal."""
+    if distributed.rank() != 0:
+        return
     (folder / "best_of_n.json").write_text(json.dumps(report, indent=1) + "\n")
     plot_report(report, folder / "best_of_n.png")
     print("\n" + report_text(report) + "\n", flush=True)

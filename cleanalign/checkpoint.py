@@ -2,6 +2,10 @@
 
 checkpoint/NNNN-step-S/ holds state.pt, metrics.jsonl as it stood then, and manifest.json with every file's size and
 SHA-256. It appears by one rename. A damaged one is passed over, saying so, for the one before it.
+
+Of several processes each writes its shards (what has "offsets": where its part of every weight begins) into a file of
+its own, state-1.pt and so on; the first writes the rest and renames when all are there. Any number of processes can
+read them.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ import os
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import torch
 
+from cleanalign import distributed
 from cleanalign.errors import UserError, require
 from cleanalign.storage import sync, writing
 
@@ -54,6 +60,11 @@ class Checkpoints:
         Raises `UserError` when the disk refuses; the checkpoints before it stay.
         """
         self.wait()
+        if distributed.rank() == 0:
+            self._begin()
+        else:
+            state = {name: value for name, value in state.items() if is_shard(value)}
+        distributed.barrier()
         if not self.background:
             return self._write(step, state, metrics)
         copy = to_host(state)
@@ -75,26 +86,29 @@ class Checkpoints:
         except UserError as error:
             self.failure = error
 
+    def _begin(self) -> None:
+        """An empty folder to write the checkpoint into."""
+        with writing(self.folder):
+            shutil.rmtree(self.folder / ".new", ignore_errors=True)
+            (self.folder / ".new").mkdir(parents=True)
+
     def _write(self, step: int, state: dict, metrics: str) -> None:
+        rank, new = distributed.rank(), self.folder / ".new"
         number = 1 + max((n for n, _ in self.found()), default=0)
-        final, new = self.folder / f"{number:04d}-step-{step}", self.folder / ".new"
+        final = self.folder / f"{number:04d}-step-{step}"
         with writing(final):
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
             try:
-                manifest = {"step": step, "files": {}}
-                for name in ("state.pt", "metrics.jsonl"):
-                    with open(new / name, "wb") as file:
-                        hashing = Hashing(file)
-                        if name == "state.pt":
-                            torch.save(state, hashing)
-                        else:
-                            hashing.write(metrics.encode())
-                        file.flush()
-                        os.fsync(file.fileno())
-                    manifest["files"][name] = {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
-                (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-                sync(new / "manifest.json")
+                files = {state_file(rank): write_hashed(new / state_file(rank), state)}
+                if rank == 0:
+                    files["metrics.jsonl"] = write_hashed(new / "metrics.jsonl", metrics)
+                    files |= self._of_others(new)
+                manifest = {"step": step, "files": files}
+                name = "manifest.json" if rank == 0 else f"part-{rank}.json"
+                (new / f".{name}").write_text(json.dumps(manifest, indent=1) + "\n")
+                sync(new / f".{name}")
+                (new / f".{name}").rename(new / name)
+                if rank != 0:
+                    return
                 new.rename(final)
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
@@ -102,6 +116,19 @@ class Checkpoints:
             sync(self.folder)
         for _, old in self.found()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _of_others(self, new: Path) -> dict[str, dict]:
+        """What the other processes have written, once they have: no message of theirs could come in between what the
+        processes say to each other while training goes on."""
+        files = {}
+        for rank in range(1, distributed.world()):
+            part = new / f"part-{rank}.json"
+            while not part.exists():
+                require(not distributed.alone(), f"process {rank} did not write its part of the checkpoint.")
+                time.sleep(0.01)
+            files |= json.loads(part.read_text())["files"]
+            part.unlink()
+        return files
 
     def found(self) -> list[tuple[int, Path]]:
         """(number, folder) of every checkpoint, oldest first."""
@@ -114,17 +141,13 @@ class Checkpoints:
         Raises `UserError` if there are some and all are damaged.
         """
         damaged = []
-        for _, path in reversed(self.found()):
-            try:
-                state = read(path)
-            except (
-                Exception
-            ) as error:  # whatever is wrong with it: a wrong size, other bytes, a pickle that is none
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        for path in distributed.from_first([path for _, path in reversed(self.found())]):
+            error = next(filter(None, distributed.gather(damage(path))), None)
+            if error is not None:
                 damaged.append(path)
-                print(f"{path}: damaged ({first}); trying the one before it", flush=True)
+                print(f"{path}: damaged ({error}); trying the one before it", flush=True)
                 continue
-            return state, (path / "metrics.jsonl").read_text(encoding="utf-8")
+            return read(path), (path / "metrics.jsonl").read_text(encoding="utf-8")
         require(
             not damaged,
             f"--resume: none of the checkpoints in {self.folder} is whole ({len(damaged)} damaged). Restore one from a "
@@ -133,17 +156,60 @@ class Checkpoints:
         return None
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, or None. Of several processes each looks at some of its files."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name in distributed.mine(sorted(manifest["files"])):
+            expected, file = manifest["files"][name], path / name
+            require(
+                file.stat().st_size == expected["bytes"], f"{name} has another size than when it was written"
+            )
+            require(digest(file) == expected["sha256"], f"{name} has other bytes than when it was written")
+        read(path)
+    except Exception as error:  # whatever is wrong with it: a wrong size, other bytes, a pickle that is none
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
 def read(path: Path) -> dict:
-    """The state in a checkpoint's folder, once its files are what its manifest says. Only tensors and plain values
-    are read (`weights_only`): nothing in it can run."""
+    """The state in a checkpoint's folder, its shards as lists with one of each process that wrote it. Only tensors and
+    plain values are read (`weights_only`): nothing in it can run."""
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    for name in ("state.pt", "metrics.jsonl"):
-        expected, file = manifest["files"][name], path / name
-        require(file.stat().st_size == expected["bytes"], f"{name} has another size than when it was written")
-        require(digest(file) == expected["sha256"], f"{name} has other bytes than when it was written")
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    require(isinstance(state, dict), "state.pt holds no state")
+    require("state.pt" in manifest["files"] and "metrics.jsonl" in manifest["files"], "files are missing")
+    parts = []
+    while (name := state_file(len(parts))) in manifest["files"]:
+        part = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)
+        require(isinstance(part, dict), f"{name} holds no state")
+        parts.append(part)
+    state = dict(parts[0])
+    for name, value in state.items():
+        if is_shard(value):
+            state[name] = [part[name] for part in parts]
     return state
+
+
+def state_file(rank: int) -> str:
+    """Name of a process's file in a checkpoint."""
+    return f"state-{rank}.pt" if rank else "state.pt"
+
+
+def is_shard(value) -> bool:
+    """Whether a value of a state is a process's part of something: of an optimiser's state, of an average."""
+    return isinstance(value, dict) and "offsets" in value
+
+
+def write_hashed(path: Path, value: dict | str) -> dict:
+    """Write a state or a text, through to the disk; returns its size and SHA-256."""
+    with open(path, "wb") as file:
+        hashing = Hashing(file)
+        if isinstance(value, str):
+            hashing.write(value.encode())
+        else:
+            torch.save(value, hashing)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
 
 
 def digest(file: Path) -> str:

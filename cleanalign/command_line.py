@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from cleanalign import dry_run, synthetic
-from cleanalign.distributed import single_process
+from cleanalign import distributed, dry_run, synthetic
 from cleanalign.errors import UserError, near, require
 from cleanalign.models import HUB_MODELS, resolve_device
 from cleanalign.phases import keep_freed_memory
@@ -28,16 +27,20 @@ SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin")
 
 def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -> None:
     """Parse `argv` over the recipe that `--model` names and run `main(args)`. A user's mistake ends with one message
-    and exit code 2, a signal with a checkpoint and the codes that `cleanalign.signals` lists."""
+    and exit code 2, a signal with a checkpoint and the codes that `cleanalign.signals` lists. Several processes end
+    together."""
     argv = sys.argv[1:] if argv is None else argv
-    with signals.listening():
+    with signals.listening(), distributed.ending_together():
         try:
-            single_process()
-            args = parse(recipes, argv)
+            distributed.join()
+            args = distributed.attempt(lambda: parse(recipes, argv))
+            require_same_everywhere(args)
             if args is not None:
                 keep_freed_memory(args.micro_batch_tokens)
                 with advice_when_out_of_memory(args):
-                    main(dry_run.prepare(args) if args.dry_run else args)
+                    args = dry_run.prepare(args) if args.dry_run else args
+                    if args is not None:
+                        main(args)
         except UserError as error:
             end(error, f"error: {error}", 2)
         except Stopped as error:
@@ -57,8 +60,23 @@ def end(error: BaseException, message: str, code: int) -> typing.NoReturn:
             Run.current.close()
         except UserError as another:
             lines.append(f"error: {another}")
+    code = distributed.fail(code)
     print("\n".join(lines), file=sys.stderr)
     sys.exit(code)
+
+
+def require_same_everywhere(args) -> None:
+    """Raise `UserError` unless every process was given the same arguments."""
+    given = distributed.gather(args and dataclasses.asdict(args))
+    for rank, other in enumerate(given):
+        if other == given[0]:
+            continue
+        require(
+            bool(other and given[0]), f"process {rank} and process 0 were given different runs to resume."
+        )
+        differ = [name for name in other if other[name] != given[0].get(name)]
+        told = ", ".join(f"--{n.replace('_', '-')} {other[n]} (process 0: {given[0].get(n)})" for n in differ)
+        raise UserError(f"process {rank} of {len(given)} was given other arguments: {told}. Start all alike.")
 
 
 def parse(recipes: dict, argv: list[str]):

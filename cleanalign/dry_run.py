@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from cleanalign import models, optimization, synthetic
+from cleanalign import distributed, models, optimization, synthetic
 from cleanalign.errors import UserError, require
 
 GIB = 2**30
@@ -33,8 +33,10 @@ def prepare(args):
     """The rehearsal of `args`: random weights in the model's shapes, random prompts of the greatest length, a
     random judge, one step.
 
-    Replies never end, so they too are as long as can be. Raises `UserError` when the sizes are not known, and
-    when what is certain to be held (weights, optimiser, caches) does not fit into what is free.
+    Replies never end, so they too are as long as can be. For `--processes` other than those that run there is
+    nothing to rehearse: what each of them will hold is printed, and None returned. Raises `UserError` when the
+    sizes are not known, and when what is certain to be held (weights, optimiser, caches) does not fit into what is
+    free.
     """
     name = sizes_of(args.model)
     require(
@@ -45,6 +47,13 @@ def prepare(args):
     device = models.resolve_device(args.device)
     needs = foreseen(args, device)
     free = free_memory(device)
+    count = args.processes or distributed.world()
+    each = f", each of {count} processes" if count > 1 else ""
+    if count != distributed.world():
+        print(f"foreseen for {name}, dtype {dtype_name(args, device)}{each}:\n{table(needs)}", flush=True)
+        return None
+    if device.type == "cpu" and free is not None:
+        free //= distributed.processes_here()
     certain = sum(needs.values()) - needs[ACTIVATIONS]
     if free is not None and certain > free:
         raise UserError(
@@ -53,11 +62,10 @@ def prepare(args):
             f"{table(needs)}\n{advice(args, device)}"
         )
     print(
-        f"foreseen for {name} on {device.type}, dtype "
-        f"{str(models.resolve_dtype(args.dtype, device))[6:]}:\n{table(needs)}",
+        f"foreseen for {name} on {device.type}, dtype {dtype_name(args, device)}{each}:\n{table(needs)}",
         flush=True,
     )
-    prompts = args.batch_size
+    prompts = max(args.batch_size, count)
     changed = dict(
         model=synthetic.PREFIX + name,
         # two more, to be held out and set aside
@@ -79,6 +87,37 @@ def prepare(args):
     return replace(args, **{f.name: changed[f.name] for f in fields(args) if f.name in changed})
 
 
+def dtype_name(args, device: torch.device) -> str:
+    """The precision of the weights, in a word."""
+    return str(models.resolve_dtype(args.dtype, device)).removeprefix("torch.")
+
+
+def require_room(args, device: torch.device) -> None:
+    """Refuse a model that a process cannot sample from: all its weights, and caches of a few replies, must fit into
+    its GPU. A model whose sizes are not known is let through."""
+    free = models.free_memory(device)
+    if free is None or sizes_of(args.model) is None:
+        return
+    rows = min(args.sample_rows or FEWEST_ROWS, FEWEST_ROWS)
+    held = foreseen(replace(args, sample_rows=rows), device)
+    names = ("policy's weights", "LoRA adapter", "reference's weights", CACHES)
+    needs = {what: n for what, n in held.items() if what in names}
+    if sum(needs.values()) <= free:
+        return
+    each = " in each process" if distributed.world() > 1 else ""
+    help = ["a smaller --model", "a GPU with more memory"]
+    if "reference's weights" in needs:
+        help.insert(0, "--lora-rank 32, where the reference is the policy without its adapter")
+    raise UserError(
+        f"--model {args.model} cannot be sampled from{each}: {device.type} has {free / GIB:.1f} GiB free, and this "
+        f"must be held ({rows} replies at once):\n{table(needs)}\nMore processes do not help: each samples with "
+        f"whole weights. What would: {', '.join(help)}."
+    )
+
+
+FEWEST_ROWS = 8  # replies decoded at once, at the least, by what --sample-rows 0 chooses
+
+
 def sizes_of(model: str) -> str | None:
     """The name under which `synthetic` knows a `--model` value, or None."""
     model = model.removeprefix(synthetic.PREFIX)
@@ -87,6 +126,7 @@ def sizes_of(model: str) -> str | None:
 
 
 CACHES = "key-value caches of the decoded rows, a model"
+EXCHANGE = "gradients on their way to their owners"
 ACTIVATIONS = "activations of one micro-batch (about)"
 
 
@@ -102,6 +142,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     weights = sum(p.numel() for p in model.parameters())
     adapter = sum(args.lora_rank * (i + o) for i, o in linear_shapes(model))
     trained = adapter or weights
+    own = -(-trained // (args.processes or distributed.world()))  # what a process trains of them
     holds = args.holds()
     states = optimization.bytes_per_weight(args.optimizer_states, models.resolve_dtype(args.dtype, device))
     longest = args.max_prompt_length + args.max_new_tokens
@@ -110,13 +151,22 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         "policy's weights": weights * item,
         "LoRA adapter": adapter * item,
         "reference's weights": weights * item * (holds.reference and not adapter),
-        **{f"optimiser: {what}": trained * n for what, n in states.items()},
+        **{f"optimiser: {what}": own * n for what, n in states.items()},
         # and the policy's own weights, set aside while the average plays
-        "moving average": trained * (4 + item) * holds.average,
+        "moving average": own * (4 + item) * holds.average,
+        # of the greatest trained weight: the gradient, and those that travel to and fro
+        EXCHANGE: 3 * greatest_trained(args, model) * item * (own < trained),
         CACHES: (args.sample_rows or 64) * longest * models.key_value_numbers(config) * item,
         ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
     }
     return {what: n for what, n in needs.items() if n}
+
+
+def greatest_trained(args, model) -> int:
+    """Numbers in the greatest matrix that is trained: the model's, or of a LoRA adapter."""
+    if args.lora_rank:
+        return args.lora_rank * max(max(shape) for shape in linear_shapes(model))
+    return max(p.numel() for p in model.parameters())
 
 
 def linear_shapes(model) -> list[tuple[int, int]]:
@@ -240,8 +290,8 @@ def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
         "foreseen_bytes": foreseen(args, weight.device),
         "phases": {name: dict(phase) for name, phase in phases.items()},
         "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
-        "note": "random weights, random prompts, random judge: the figures are the machine's, nothing was "
-        "learnt; a real judge's memory comes on top",
+        "note": "random weights, random prompts, random judge: the figures are the machine's (of several processes the "
+        "first one's), nothing was learnt; a real judge's memory comes on top",
         **environment,
     }
 

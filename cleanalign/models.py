@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from cleanalign import synthetic
+from cleanalign import distributed, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
 from cleanalign.errors import UserError, near, optional_import, require
 from cleanalign.storage import read_json, replacing
@@ -361,13 +361,16 @@ def adapter_switch(model):
 
 
 def save_model(model, tokenizer, folder: Path) -> torch.nn.Module:
-    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole. A LoRA adapter is
-    merged into `model` for good. Returns the model as it was written."""
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole. A LoRA adapter
+    is merged into `model` for good. Returns the model as it was written. Of several processes the first writes, and
+    the others wait until it has."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    with replacing(Path(folder)) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+    if distributed.rank() == 0:
+        with replacing(Path(folder)) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+    distributed.barrier()
     return model
 
 

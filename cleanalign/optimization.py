@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from cleanalign import distributed
+
 STATES = ("float32", "bfloat16")  # values of --optimizer-states
 
 
@@ -26,28 +28,80 @@ def bytes_per_weight(states: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 class _AdamW:
-    """What both optimisers share: gradients summed in float32 over micro-batches, and their clipping."""
+    """What both optimisers share: gradients summed in float32 over micro-batches and processes, their clipping.
+
+    Of several processes each keeps gradients, moments and masters of its own part of every weight only. A pass's
+    gradients travel to their owners during the backward pass, in an order that is the same everywhere; after the
+    update the owners spread the weights.
+    """
 
     def __init__(self, model):
         self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.parts = [distributed.own_part(p) for p in self.weights]
+        self.offsets = [distributed.offset(p) for p in self.weights]
         # Kept from step to step: allocated amid activations they would break up the heap.
-        self.grads = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.weights]
+        self.grads = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.parts]
         # gradients that hold a part of this step's sum, and not the last step's
         self._summed: set[int] = set()
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collect(i)) for i, p in enumerate(self.weights)
-        ]
+        # of several processes: gradients whose turn has not come; whose turn is next; the one that travels
+        self._ready: dict[int, torch.Tensor] = {}
+        self._next = len(self.weights) - 1
+        self._travelling: tuple[int, Callable] | None = None
+        collect = self._collect if distributed.world() == 1 else self._collect_to_send
+        self._hooks = [p.register_post_accumulate_grad_hook(collect(i)) for i, p in enumerate(self.weights)]
+
+    def passes(self, shares: list[list[list[int]]]) -> Iterator[list[int]]:
+        """This process's micro-batches, one by one, of every process's `shares` (`common.shares`). Use it as the
+        loop around forward and backward: a process that has fewer than others takes part with no gradient."""
+        own = shares[distributed.rank()]
+        for i in range(max(map(len, shares))):
+            if i < len(own):
+                yield own[i]
+            if distributed.world() > 1:
+                self._send_rest()
 
     def _collect(self, i: int) -> Callable:
         def hook(weight):
-            if i in self._summed:
-                self.grads[i] += weight.grad
-            else:
-                self.grads[i].copy_(weight.grad)
-                self._summed.add(i)
+            self._add(i, weight.grad)
             weight.grad = None
 
         return hook
+
+    def _add(self, i: int, grad: torch.Tensor) -> None:
+        if i in self._summed:
+            self.grads[i] += grad
+        else:
+            self.grads[i].copy_(grad)
+            self._summed.add(i)
+
+    def _collect_to_send(self, i: int) -> Callable:
+        def hook(weight):
+            self._ready[i], weight.grad = weight.grad, None
+            while self._next in self._ready:  # the last weights' gradients come first
+                self._send(self._ready.pop(self._next))
+
+        return hook
+
+    def _send(self, grad: torch.Tensor) -> None:
+        """Send the next weight's gradient; take in the one that was sent before, while this one travels."""
+        finish = distributed.exchange(grad)
+        self._take_in()
+        self._travelling = self._next, finish
+        self._next -= 1
+
+    def _take_in(self) -> None:
+        if self._travelling is not None:
+            i, finish = self._travelling
+            self._add(i, finish())
+            self._travelling = None
+
+    def _send_rest(self) -> None:
+        """After a backward pass: weights that got no gradient send zeros, and the next pass begins anew."""
+        while self._next >= 0:
+            grad = self._ready.pop(self._next, None)
+            self._send(torch.zeros_like(self.weights[self._next]) if grad is None else grad)
+        self._take_in()
+        self._next = len(self.weights) - 1
 
     def _clip(self, max_grad_norm: float) -> float:
         """Scale the summed gradients down to `max_grad_norm`; returns their norm before. The next backward
@@ -55,16 +109,41 @@ class _AdamW:
         for i in set(range(len(self.grads))) - self._summed:
             self.grads[i].zero_()
         self._summed.clear()
-        norm = float(torch.nn.utils.get_total_norm(self.grads))
+        norm = distributed.norm(self.grads)
         if 0 < max_grad_norm < norm:
             torch._foreach_mul_(self.grads, max_grad_norm / (norm + 1e-6))
         return norm
+
+    @torch.no_grad()
+    def write(self, values: list[torch.Tensor]) -> None:
+        """Write `values`, of the own parts, into the model's weights, on every process."""
+        for part, value in zip(self.parts, values, strict=True):
+            if part.data_ptr() != value.data_ptr():
+                part.copy_(value)
+        distributed.spread(self.weights)
+
+    def read(self, shards: list[dict], name: str, tensors: list[torch.Tensor | None]) -> None:
+        """Fill `tensors`, of the own parts, with what any number of processes have kept under `name` in their
+        `shards`."""
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                pieces = [(shard[name][i], shard["offsets"][i]) for shard in shards]
+                copy_overlap(tensor, self.offsets[i], pieces)
 
     def release(self) -> None:
         """Detach from the model: hooks gone, gradients free to be collected."""
         for handle in self._hooks:
             handle.remove()
-        self.weights, self.grads = [], []
+        self.weights, self.parts, self.grads = [], [], []
+
+
+def copy_overlap(part: torch.Tensor, start: int, pieces: list[tuple[torch.Tensor, int]]) -> None:
+    """Fill a part that begins at `start` of its flat weight from pieces that begin elsewhere in it."""
+    flat, end = part.view(-1), start + part.numel()
+    for piece, first in pieces:
+        low, high = max(start, first), min(end, first + piece.numel())
+        if low < high:
+            flat[low - start : high - start].copy_(piece.reshape(-1)[low - first : high - first])
 
 
 class MasterAdamW(_AdamW):
@@ -88,7 +167,7 @@ class MasterAdamW(_AdamW):
         weight_decay: float = 0.0,
     ):
         super().__init__(model)
-        self.masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
+        self.masters = [p if p.dtype == torch.float32 else p.float() for p in self.parts]
         fused = self.weights[0].device.type in ("cpu", "cuda")
         self.inner = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
@@ -104,23 +183,35 @@ class MasterAdamW(_AdamW):
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step()
-        for weight, master in zip(self.weights, self.masters, strict=True):
+        for master in self.masters:
             master.grad = None
-            if weight.data_ptr() != master.data_ptr():
-                weight.copy_(master)
+        self.write(self.masters)
         return norm
 
     def state_dict(self) -> dict:
-        """Masters and moments: all that a resumed run needs to continue as if never stopped."""
-        return {"masters": self.masters, "inner": self.inner.state_dict()}
+        """Masters and moments: all that a resumed run needs to continue as if never stopped. Of several processes
+        each gives its part, and where in its weight it begins."""
+        return {"masters": self.masters, "inner": self.inner.state_dict(), "offsets": self.offsets}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict()` and round the masters into the model's weights."""
-        with torch.no_grad():
-            for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-                weight.copy_(saved)
-        self.inner.load_state_dict(state["inner"])
+    @torch.no_grad()
+    def load_state_dict(self, state: dict | list[dict]) -> None:
+        """Restore `state_dict()`, or those of any number of processes, and round the masters into the model's
+        weights."""
+        shards = state if isinstance(state, list) else [state]
+        self.read(shards, "masters", self.masters)
+        self.write(self.masters)
+        inner = shards[0]["inner"]
+        moments = {i: {"step": kept["step"]} for i, kept in inner["state"].items()}
+        for name in ("exp_avg", "exp_avg_sq") if moments else ():
+            own = [torch.zeros_like(master) for master in self.masters]
+            kept = [
+                {"offsets": s["offsets"], name: [m[name] for m in in_order(s["inner"]["state"])]}
+                for s in shards
+            ]
+            self.read(kept, name, own)
+            for i, tensor in enumerate(own):
+                moments[i][name] = tensor
+        self.inner.load_state_dict({"state": moments, "param_groups": inner["param_groups"]})
 
     def release(self) -> None:
         """Detach from the model: hooks gone, masters and moments free to be collected."""
@@ -153,15 +244,15 @@ class SplitAdamW(_AdamW):
         self.steps = 0
         self.low = [
             torch.zeros_like(p, dtype=torch.int16, requires_grad=False) if p.dtype == torch.bfloat16 else None
-            for p in self.weights
+            for p in self.parts
         ]
-        self.means = [torch.zeros_like(p, dtype=torch.bfloat16, requires_grad=False) for p in self.weights]
+        self.means = [torch.zeros_like(p, dtype=torch.bfloat16, requires_grad=False) for p in self.parts]
         self.squares = [torch.zeros_like(mean) for mean in self.means]
 
     @property
     def masters(self) -> Iterator[torch.Tensor]:
         """The float32 masters, made one at a time."""
-        return (join_bits(weight.detach(), low) for weight, low in zip(self.weights, self.low, strict=True))
+        return (join_bits(part, low) for part, low in zip(self.parts, self.low, strict=True))
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
@@ -170,16 +261,26 @@ class SplitAdamW(_AdamW):
         norm = self._clip(max_grad_norm)
         self.steps += 1
         generator = torch.Generator(self.weights[0].device).manual_seed(self.steps)
-        for weight, low, mean, square, grad in zip(
-            self.weights, self.low, self.means, self.squares, self.grads, strict=True
-        ):
-            flat = [t if t is None else t.view(-1) for t in (weight.detach(), low, mean, square, grad)]
-            for start in range(0, weight.numel(), self.part):
-                part = slice(start, start + self.part)
-                self._update(*(t if t is None else t[part] for t in flat), learning_rate, generator)
+        columns = zip(self.parts, self.low, self.means, self.squares, self.grads, strict=True)
+        for weight, first, column in zip(self.weights, self.offsets, columns, strict=True):
+            flat = [t if t is None else t.view(-1) for t in column]
+            for start in range(
+                0, weight.numel(), self.part
+            ):  # of the whole weight: each number has its own chance
+                size = min(self.part, weight.numel() - start)
+                low, high = (min(max(x - first, 0), len(flat[0])) for x in (start, start + size))
+                chances = generator
+                if high - low < size:
+                    noise = torch.empty(size, dtype=torch.int32, device=weight.device)
+                    noise.random_(0, 2**16, generator=generator)
+                    chances = noise[low + first - start : high + first - start]
+                if low < high:
+                    own = slice(low, high)
+                    self._update(*(t if t is None else t[own] for t in flat), learning_rate, chances)
+        distributed.spread(self.weights)
         return norm
 
-    def _update(self, weight, low, mean, square, grad, learning_rate, generator) -> None:
+    def _update(self, weight, low, mean, square, grad, learning_rate, chances) -> None:
         """AdamW (arXiv 1711.05101, Algorithm 2) on one flat part, in float32."""
         beta1, beta2 = self.betas
         master = join_bits(weight, low).mul_(1 - learning_rate * self.weight_decay)
@@ -188,30 +289,31 @@ class SplitAdamW(_AdamW):
         spread = new_square.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(self.eps)
         master.addcdiv_(new_mean, spread, value=-learning_rate / (1 - beta1**self.steps))
         mean.copy_(new_mean)
-        square.copy_(round_at_random(new_square, generator))
+        square.copy_(round_at_random(new_square, chances))
         if low is not None:
             split_bits(master, weight, low)
 
     def state_dict(self) -> dict:
         """Weights, their low bits, moments and step count: all that a resumed run needs to continue as if
-        never stopped."""
-        weights = [weight.detach() for weight in self.weights]
+        never stopped. Of several processes each gives its part, and where in its weight it begins."""
         return {
-            "weights": weights,
+            "weights": self.parts,
             "low": self.low,
             "means": self.means,
             "squares": self.squares,
             "steps": self.steps,
+            "offsets": self.offsets,
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict()`, the model's weights included."""
-        for name in ("weights", "low", "means", "squares"):
-            for ours, saved in zip(getattr(self, name), state[name], strict=True):
-                if ours is not None:
-                    ours.copy_(saved)
-        self.steps = state["steps"]
+    def load_state_dict(self, state: dict | list[dict]) -> None:
+        """Restore `state_dict()`, or those of any number of processes, the model's weights included."""
+        shards = state if isinstance(state, list) else [state]
+        self.read(shards, "weights", self.parts)
+        for name in ("low", "means", "squares"):
+            self.read(shards, name, getattr(self, name))
+        self.steps = shards[0]["steps"]
+        distributed.spread(self.weights)
 
     def release(self) -> None:
         """Detach from the model: hooks gone, low bits and moments free to be collected."""
@@ -239,12 +341,18 @@ def split_bits(master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) ->
     weight.view(torch.int16).copy_(high)
 
 
-def round_at_random(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def round_at_random(x: torch.Tensor, chances: torch.Generator | torch.Tensor) -> torch.Tensor:
     """Float32 `x` with its low 16 bits cleared, after a uniform number below 2¹⁶ was added to them: a
-    bfloat16 value with mean x."""
+    bfloat16 value with mean x. `chances` are these numbers, int32, or who draws them."""
     bits = x.view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 2**16, generator=generator)
-    return noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
+    if isinstance(chances, torch.Generator):
+        chances = torch.empty_like(bits).random_(0, 2**16, generator=chances)
+    return chances.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
+
+
+def in_order(state: dict[int, dict]) -> list[dict]:
+    """AdamW's state of each weight, in the order of the weights."""
+    return [state[i] for i in range(len(state))]
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:

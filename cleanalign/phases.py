@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from cleanalign import distributed
+
 
 def _glibc():
     """glibc, or None elsewhere."""
@@ -110,8 +112,8 @@ class Phases:
         reset_peak_memory()
 
     def add_tokens(self, name: str, tokens: int, scored: int = 0) -> None:
-        """Count tokens of a phase: those sampled, or those a
-        forward pass computed and, of the completions', scored."""
+        """Count this process's tokens of a phase: those sampled, or those a forward pass computed and, of the
+        completions', scored."""
         self.phases[name] += Counter(tokens=tokens, scored=scored)
 
     def add_batch(self, name: str, batch) -> None:
@@ -127,10 +129,11 @@ class Phases:
             self.phases[part]["seconds"] += seconds
 
     def throughput(self) -> dict[str, float]:
-        """Tokens per second by phase, since the start (or the resume)."""
-        timed = {
-            name: phase for name, phase in self.phases.items() if phase["seconds"] > 0 and phase["tokens"]
-        }
+        """Tokens per second by phase, since the start (or the resume): all processes' tokens, by this one's
+        clock."""
+        tokens = distributed.total({name: phase["tokens"] for name, phase in self.phases.items()})
         return {
-            f"tokens_per_second/{name}": phase["tokens"] / phase["seconds"] for name, phase in timed.items()
+            f"tokens_per_second/{name}": tokens[name] / phase["seconds"]
+            for name, phase in self.phases.items()
+            if phase["seconds"] > 0 and tokens[name]
         }

@@ -16,12 +16,13 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from cleanalign import dry_run
+from cleanalign import distributed, dry_run
 from cleanalign.checkpoint import Checkpoints
 from cleanalign.errors import JudgeFailure, UserError, optional_import, require
 from cleanalign.events import open_events
@@ -33,7 +34,8 @@ from cleanalign.storage import write_json, write_text, writing
 
 
 class Run(Phases):
-    """The run folder and everything written to it while training; and, as `Phases`, its clock.
+    """The run folder and everything written to it while training; and, as `Phases`, its clock. Of several
+    processes the first writes; the others hold the same metrics and write their parts of the checkpoints.
 
     `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume`
     the folder is continued. Use: `phase(name)` around timed work, `log(step, metrics)` and `keep(step, state)`
@@ -50,6 +52,8 @@ class Run(Phases):
         else:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             self.folder = Path(args.run_dir) / (args.run_name or default_name(script, args) + stamp)
+        self.folder = distributed.from_first(self.folder)  # one clock names it
+        self.writes = distributed.rank() == 0
         background = args.save_async == "on"
         if args.save_async == "auto":
             background = torch.cuda.is_available() and args.device in ("auto", "cuda")
@@ -65,10 +69,12 @@ class Run(Phases):
     def create(self) -> None:
         """Make the folder with args.json, or take an existing one's lock. Call once the arguments, model and
         data are known to be good."""
-        if self.args.resume:
+        if self.writes and self.args.resume:
             self.lock = Lock(self.folder)
-        else:
+        elif self.writes:
             self._make_folder()
+        distributed.barrier()
+        distributed.attempt(self._see_folder)
         Run.current = self
         print(f"run folder: {self.folder}", flush=True)
         if self.args.max_steps and self.steps < self.args.max_steps:
@@ -99,7 +105,15 @@ class Run(Phases):
                 shutil.rmtree(new, ignore_errors=True)
                 raise
 
+    def _see_folder(self) -> None:
+        require(
+            (self.folder / "args.json").exists(),
+            f"{self.folder} cannot be seen. --run-dir must lie on a file system that all processes share.",
+        )
+
     def _open_logs(self) -> None:
+        if not self.writes:
+            return
         self.events = open_events(self.folder, len(self.metrics) + 1)
         if self.args.track:
             wandb = optional_import("wandb", "'cleanalign[track]'")
@@ -141,10 +155,13 @@ class Run(Phases):
     def log(self, step: int, metrics: dict[str, float], show: tuple[str, ...] = ()) -> None:
         """Write one step's metrics everywhere; `show` names those beside the progress bar."""
         row = {"step": step, **metrics}
-        if self.padding:
-            row["padding_fraction"] = 1 - self.padding["tokens"] / self.padding["places"]
+        padding = distributed.total(self.padding)
+        if padding:
+            row["padding_fraction"] = 1 - padding["tokens"] / padding["places"]
             self.padding.clear()
         self.metrics.append(row)
+        if not self.writes:
+            return
         file = self.folder / "metrics.jsonl"
         with writing(file), open(file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -181,7 +198,7 @@ class Run(Phases):
         self.unsaved = (step, state)
         every = self.args.save_every
         due = every and step % every == 0 and step < self.steps
-        if due or signals.received is not None:
+        if due or signals.asked is not None:
             self.save_unsaved()
         signals.busy = False
         signals.check()
@@ -207,6 +224,8 @@ class Run(Phases):
         if ended_between_steps:
             self.save_unsaved()
         self.checkpoints.wait()
+        if ended_between_steps:  # so did the others: none may end them while they write
+            distributed.barrier()
         found = self.checkpoints.found()
         if not found:
             return f"No checkpoint had been written: --resume {self.folder} starts from the first step."
@@ -226,13 +245,15 @@ class Run(Phases):
         log = self.folder / "metrics.jsonl"
         if kept is None:  # stopped before its first checkpoint: the same run from the beginning
             print(f"{self.folder}: no checkpoint yet, so the run starts from its first step", flush=True)
-            with writing(log):
-                log.unlink(missing_ok=True)
+            if self.writes:
+                with writing(log):
+                    log.unlink(missing_ok=True)
             self._open_logs()
             return None
         state, rows = kept
         self.metrics = [json.loads(line) for line in rows.splitlines()]
-        write_text(log, rows)
+        if self.writes:
+            write_text(log, rows)
         self.seconds_before = state["seconds"]
         self._open_logs()
         return state
@@ -247,13 +268,19 @@ class Run(Phases):
         """Write curves.png and summary.json, close the logs and print the result."""
         if self.bar:
             self.bar.close()
+        peaks, rates = distributed.gather(max(self.peak_memory_bytes, peak_memory())), self.throughput()
+        if not self.writes:
+            return
         summary = {
             **summary,
             "steps": len(self.metrics),
             "seconds": round(self.seconds(), 1),
-            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory()),
+            "peak_memory_bytes": max(peaks),
         }
-        for name, value in self.throughput().items():
+        if distributed.world() > 1:
+            summary["processes"] = distributed.world()
+            summary["bytes_sent_by_first_process"] = dict(distributed.sent)
+        for name, value in rates.items():
             summary[name] = round(value, 1)
         summary["phase_seconds"] = {name: round(phase["seconds"], 1) for name, phase in self.phases.items()}
         summary["phase_peak_memory_bytes"] = {
@@ -280,7 +307,19 @@ class Run(Phases):
             self.bar.close()
         if self.events:
             self.events.close()
-        dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
+        if self.writes:
+            dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
+
+
+def kept(file: Path, make: Callable):
+    """make()'s value, from now on kept in `file` as JSON: it is made once."""
+    text = distributed.from_first(file.read_text() if file.exists() else None)
+    if text is None:
+        value = make()
+        text = json.dumps(value)
+        if distributed.rank() == 0:
+            write_json(file, value)
+    return json.loads(text)
 
 
 def default_name(script: str, args) -> str:

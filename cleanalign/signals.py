@@ -28,16 +28,32 @@ class Stopped(BaseException):
 
 class StopSignals:
     """Signals received while `listening`. `busy` says that weights or files are in flux: the signal then waits for
-    `check`, else it ends the program where it stands."""
+    `check`, else it ends the program where it stands.
+
+    Several processes must end at the same place, `together`: there a signal counts once all have heard of it.
+    """
 
     def __init__(self):
         self.received: int | None = None
-        self.busy = False
+        self.agreed: int | None = None
+        self.busy = self.together = False
+
+    @property
+    def asked(self) -> int | None:
+        """The signal that asks the program to end, if one does."""
+        return self.agreed if self.together else self.received
+
+    def agree(self, received: list[int | None]) -> None:
+        """What each of several processes has received: they end here, unless something is in flux."""
+        self.agreed = next((number for number in received if number is not None), None)
+        if not self.busy:
+            self.check()
 
     @contextlib.contextmanager
     def listening(self):
         """Context in which the signals are caught; only the main thread can."""
-        self.received, self.busy = None, False
+        self.received = self.agreed = None
+        self.busy = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -54,15 +70,15 @@ class StopSignals:
             os._exit(128 + number)  # the second time
         if self.received is None:
             self.received = number
-        if self.busy:
+        if self.busy or self.together:
             print(f"\n{signal.Signals(number).name}: ends after this step, with a checkpoint", flush=True)
         else:
             raise Stopped(number)
 
     def check(self) -> None:
         """Nothing is in flux here: end the program if a signal has come."""
-        if self.received is not None:
-            raise Stopped(self.received)
+        if self.asked is not None:
+            raise Stopped(self.asked)
 
 
 signals = StopSignals()
