@@ -12,6 +12,10 @@ class UserError(Exception):
     2."""
 
 
+class JudgeFailure(UserError):
+    """A judge that failed in the middle of a run: the run checkpoints, and --resume asks again."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
