@@ -38,6 +38,7 @@ from cleanalign.models import (
     save_model,
     starting_model,
 )
+from cleanalign.openai_judge import CHARACTERS_PER_TOKEN, JudgeSettings
 from cleanalign.optimization import bytes_per_weight, learning_rate_at, make_optimiser
 from cleanalign.reporting import model_card
 from cleanalign.run import Run, keep
@@ -57,6 +58,7 @@ __all__ = [
     "command_line",
     "evaluate",
     "load_demonstrations",
+    "load_judges",
     "parse",
     "set_up",
     "set_up_stages",
@@ -95,6 +97,13 @@ class RunArgs:
     """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
     resume: str | None = None
     """Run folder to continue from its last checkpoint, with the arguments it had."""
+    judge_template: str = "alpaca-eval"
+    """The question that --judge openai:MODEL is asked: alpaca-eval, tldr, or a file with {prompt}, {a} and {b} in it."""
+    judge_max_requests: int | None = None
+    """Requests that the judges openai:MODEL may send together before the run stops; a resumed run counts anew. None:
+    any number."""
+    judge_concurrency: int = 8
+    """Requests to a judge openai:MODEL that are under way at once."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
     dry_run: bool = False
@@ -149,12 +158,33 @@ class Experiment:
     run: Run | None = None
     state: dict | None = None  # the checkpoint that a resumed run goes on from
 
-    def begin(self, steps: int) -> None:
-        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be
-        good."""
+    def begin(self, steps: int, comparisons: int = 0) -> None:
+        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good.
+
+        Args:
+            comparisons: what training asks the judge, for the estimate of a judge that costs money.
+        """
+        self.announce(comparisons)
         self.run = Run(self.script, self.args, steps)
         self.run.create()
         self.state = self.run.restore()
+
+    def announce(self, comparisons: int) -> None:
+        """Say what training and the final evaluation will cost, of judges that do. Both replies are taken to be as
+        long as they can be."""
+        lengths = [len(prompt) for prompt in [*self.prompts, *self.eval_prompts]]
+        tokens = sum(lengths) / max(1, len(lengths)) + 2 * self.args.max_new_tokens
+        for judge, training in ((self.judge, comparisons), (self.eval_judge, 0)):
+            if judge is not None and judge.account is not None:
+                judge.account.announce(training + len(self.eval_rows), tokens * CHARACTERS_PER_TOKEN)
+
+    def costs(self) -> dict:
+        """For the summary: what each judge that costs money was asked since this process began."""
+        costs = {}
+        for name, judge in (("judge", self.judge), ("eval_judge", self.eval_judge)):
+            if judge is not None and judge.account is not None:
+                costs[f"{name}_account"] = judge.account.figures()
+        return costs
 
     def sample(self, prompts: list[list[int]], seed: int, completions: int = 1, model=None, **more):
         """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are
@@ -183,7 +213,7 @@ class Experiment:
             args = self.args
             self.reference = starting_model(self.policy, args.model, self.dtype, self.device, self.attention)
         with self.run.phase("evaluation"):
-            summary = {**(more or {}), **evaluate(self)}
+            summary = {**(more or {}), **evaluate(self), **self.costs()}
         write_model(self, summary)
         self.run.finish(summary, curves)
 
@@ -200,8 +230,7 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     holds = args.holds()
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    judge = load_judge(args.judge, device)
-    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
+    judge, eval_judge = load_judges(args, device)
     train_rows, test_rows = load_rows(args.dataset, columns, held_out=args.eval_prompts)
     tokenizer = load_tokenizer(args.model)
     longest = args.max_prompt_length
@@ -234,6 +263,15 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
         policy,
         reference,
     )
+
+
+def load_judges(args, device: torch.device) -> tuple[Judge, Judge | None]:
+    """The judges of `--judge` and `--eval-judge`; requests of both count towards one `--judge-max-requests`."""
+    settings = JudgeSettings(args.judge_template, args.judge_max_requests, args.judge_concurrency)
+    judge = load_judge(args.judge, device, "--judge", settings)
+    if not args.eval_judge:
+        return judge, None
+    return judge, load_judge(args.eval_judge, device, "--eval-judge", settings)
 
 
 def rows_at_once(args, members: list, dtype: torch.dtype) -> int:
@@ -348,8 +386,7 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     `load_demonstrations` and the stages; the starting model is read once, for what it tells, and let go."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    judge = load_judge(args.judge, device)
-    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
+    judge, eval_judge = load_judges(args, device)
     tokenizer = load_tokenizer(args.model)
     longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
     attention = choose_attention(args.attention, device, longest)

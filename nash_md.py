@@ -441,7 +441,9 @@ def main(args: Args) -> None:
         "Use --judge sentiment or hf:ID, or --objective nash.",
     )
     batches = plan_batches(args, len(exp.rows))
-    exp.begin(len(batches))
+    K, alone = args.samples_per_prompt, args.opponent == "self" and args.samples_per_prompt > 1
+    games = K * (K - 1) // 2 if alone else K  # of a prompt; where the samples have no opponent, each other's
+    exp.begin(len(batches), comparisons=games * sum(map(len, batches)))
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     ema = EMA(optimiser, args.ema_decay) if args.holds().average else None
     if exp.state:

@@ -61,7 +61,7 @@ def parse(recipes: dict, argv: list[str]):
         default = dataclasses.replace(default, model=model)
     args = tyro.cli(type(default), default=default, args=argv)
     if resume is not None:
-        may_differ = {"resume", "track"}
+        may_differ = {"resume", "track", "judge_max_requests", "judge_concurrency"}
         differ = [
             f.name
             for f in dataclasses.fields(args)
