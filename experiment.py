@@ -98,10 +98,10 @@ class RunArgs:
     resume: str | None = None
     """Run folder to continue from its last checkpoint, with the arguments it had."""
     judge_template: str = "alpaca-eval"
-    """The question that --judge openai:MODEL is asked: alpaca-eval, tldr, or a file with {prompt}, {a} and {b} in it."""
+    """What --judge openai:MODEL is asked: alpaca-eval, tldr, or a file with {prompt}, {a} and {b} in it."""
     judge_max_requests: int | None = None
-    """Requests that the judges openai:MODEL may send together before the run stops; a resumed run counts anew. None:
-    any number."""
+    """Requests that the judges openai:MODEL may send together before the run stops; a resumed run counts
+    anew. None: any number."""
     judge_concurrency: int = 8
     """Requests to a judge openai:MODEL that are under way at once."""
     track: bool = False
@@ -170,8 +170,8 @@ class Experiment:
         self.state = self.run.restore()
 
     def announce(self, comparisons: int) -> None:
-        """Say what training and the final evaluation will cost, of judges that do. Both replies are taken to be as
-        long as they can be."""
+        """Say what training and the final evaluation will cost, of judges that do. Both replies are taken to be
+        as long as they can be."""
         lengths = [len(prompt) for prompt in [*self.prompts, *self.eval_prompts]]
         tokens = sum(lengths) / max(1, len(lengths)) + 2 * self.args.max_new_tokens
         for judge, training in ((self.judge, comparisons), (self.eval_judge, 0)):
@@ -266,7 +266,7 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
 
 
 def load_judges(args, device: torch.device) -> tuple[Judge, Judge | None]:
-    """The judges of `--judge` and `--eval-judge`; requests of both count towards one `--judge-max-requests`."""
+    """The judges of `--judge` and `--eval-judge`. Requests of both count towards `--judge-max-requests`."""
     settings = JudgeSettings(args.judge_template, args.judge_max_requests, args.judge_concurrency)
     judge = load_judge(args.judge, device, "--judge", settings)
     if not args.eval_judge:

@@ -17,8 +17,8 @@ BUSY_SECONDS = 60  # how long another process's write is waited for
 class Answers:
     """A table of answers by key in one SQLite file, for many threads and processes at once.
 
-    Every answer is a transaction of its own, on the disk before `put` returns: what ends the process loses none.
-    SQLite's rollback journal is used, not its write-ahead log, which does not work on network file systems.
+    Every answer is a transaction of its own, on the disk before `put` returns: what ends the process loses
+    none. SQLite's rollback journal is used, not its write-ahead log, which fails on network file systems.
     """
 
     def __init__(self, file: Path):
@@ -31,8 +31,8 @@ class Answers:
             self.connection.execute("PRAGMA synchronous = FULL")
             with self.connection:
                 self.connection.execute(
-                    "CREATE TABLE IF NOT EXISTS answers"
-                    " (key TEXT PRIMARY KEY, endpoint TEXT, model TEXT, template TEXT, time REAL, answer TEXT)"
+                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY,"
+                    " endpoint TEXT, model TEXT, template TEXT, time REAL, answer TEXT)"
                 )
 
     def get(self, key: str) -> dict | None:
@@ -49,7 +49,7 @@ class Answers:
 
     @contextlib.contextmanager
     def _explained(self):
-        """A file that cannot be read or written is said to be so: a full disk, a folder without rights, damage."""
+        """A file that cannot be read or written is said to be so: a full disk, missing rights, damage."""
         try:
             yield
         except (sqlite3.Error, OSError, ValueError) as error:

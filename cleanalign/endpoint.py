@@ -1,7 +1,7 @@
-"""One OpenAI-compatible endpoint: a question goes out, an answer comes back, whatever the server does meanwhile.
+"""One OpenAI-compatible endpoint: a question goes out, an answer comes back, whatever the server does.
 
-Retried, with back-off: 408, 409, 429, 5xx, time-outs, broken connections and bodies that are no chat completion.
-Everything else is final, and says what to mend. The API key stands in no message and in no file.
+Retried, with back-off: 408, 409, 429, 5xx, time-outs, broken connections and bodies that are no chat
+completion. Everything else is final, and says what to mend. The API key stands in no message and no file.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Budget:
         with self.lock:
             if self.limit is not None and self.sent >= self.limit:
                 raise JudgeFailure(
-                    f"{what}: --judge-max-requests {self.limit} is reached. Every answer is kept: a later start "
-                    "asks only what is missing, and counts anew."
+                    f"{what}: --judge-max-requests {self.limit} is reached. Every answer is kept: a later "
+                    "start asks only what is missing, and counts anew."
                 )
             self.sent += 1
 
@@ -70,8 +70,8 @@ class Endpoint:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         require(
             bool(self.key),
-            f"{what}: OPENAI_API_KEY is not set. Set it to your key, or to any word for a server of your own that "
-            "wants none.",
+            f"{what}: OPENAI_API_KEY is not set. Set it to your key, or to any word for a server of your own "
+            "that wants none.",
         )
         require(
             self.key.isascii() and self.key.isprintable(), f"{what}: OPENAI_API_KEY has odd characters in it."
@@ -98,7 +98,7 @@ class Endpoint:
         self.jitter = random.Random()  # apart from the run's own draws
 
     def knock(self) -> None:
-        """Raise `UserError` if nothing listens there. Costs no request; left out where a proxy is in between."""
+        """Raise `UserError` if nothing listens there. Costs no request; left out behind a proxy."""
         scheme = urlsplit(self.url).scheme
         if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(self.address[0]):
             return
@@ -145,8 +145,8 @@ class Endpoint:
             attempts += 1
             if attempts >= ATTEMPTS:
                 raise JudgeFailure(
-                    f"{self.what}: gave up after {attempts} attempts at {self.url}: {problem}. Every answer so far "
-                    "is kept: a later start asks only what is missing."
+                    f"{self.what}: gave up after {attempts} attempts at {self.url}: {problem}. Every answer "
+                    "so far is kept: a later start asks only what is missing."
                 )
             self._back_off(attempts, wait, stop)
 
@@ -161,23 +161,23 @@ class Endpoint:
             raise Cancelled
 
     def _back_off(self, attempts: int, asked: float | None, stop: threading.Event) -> None:
-        """Wait before the next attempt: as long as the server asks, then with all other questions, or else twice
-        as long as the last time, less a random part so that not all come back at once."""
+        """Wait before the next attempt: as long as the server asks, then with all other questions, or else
+        twice as long as the last time, less a random part so that not all come back at once."""
         if asked is None:
             longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempts - 1))
             return self._wait(longest * self.jitter.uniform(0.5, 1), stop)
         if asked > LONGEST_RETRY_AFTER:
             raise JudgeFailure(
-                f"{self.what}: {self.url} asks to wait {asked:.0f} s before the next request. Start again then: every "
-                "answer so far is kept."
+                f"{self.what}: {self.url} asks to wait {asked:.0f} s before the next request. Start "
+                "again then: every answer so far is kept."
             )
         with self.lock:
             self.not_before = max(self.not_before, time.monotonic() + asked)
         return self._wait(self.not_before - time.monotonic(), stop)
 
     def _without_what_it_refuses(self, error, sent: dict) -> bool:
-        """Whether the server refused one of our options, which is left out from now on: models that think first
-        know no temperature, many servers no or fewer logprobs."""
+        """Whether the server refused one of our options, which is left out from now on: models that think
+        first know no temperature, many servers no or fewer logprobs."""
         text = str(error.body or error.message)
         with self.lock:
             if self.options is not sent:  # another thread has already learnt it
@@ -195,8 +195,8 @@ class Endpoint:
         return False
 
     def _unanswerable(self, error) -> dict:
-        """A refusal as an answer, for a question that is too long or that the server's filter stops; otherwise the
-        request itself is wrong."""
+        """A refusal as an answer, for a question that is too long or that the server's filter stops; else
+        the request itself is wrong."""
         text = str(error.body or error.message).lower()
         if any(sign in text for sign in UNANSWERABLE):
             return {"text": "", "tokens": [], "refused": True, "usage": [0, 0]}
@@ -211,12 +211,13 @@ class Endpoint:
             )
         if status == 404:
             raise JudgeFailure(
-                f"{self.what}: {self.url} knows no model {self.model!r}, or is not the API's address, which usually "
-                f"ends in /v1: {said}."
+                f"{self.what}: {self.url} knows no model {self.model!r}, or is not the API's address, which "
+                f"usually ends in /v1: {said}."
             )
         if status == 402 or "insufficient_quota" in str(error.body):
             raise JudgeFailure(
-                f"{self.what}: the account at {self.url} has no credit left: {said}. Every answer so far is kept."
+                f"{self.what}: the account at {self.url} has no credit left: {said}. Every answer so far is "
+                "kept."
             )
         if status not in (408, 409, 429) and status < 500:
             raise JudgeFailure(f"{self.what}: {self.url}: {said}.")
@@ -247,11 +248,11 @@ def retry_after(headers) -> float | None:
 
 
 def condensed(body: str) -> dict:
-    """What of a chat completion is kept: {"text", "refused", "usage": [prompt tokens, completion tokens], "tokens"}.
+    """What of a chat completion is kept: {"text", "refused", "tokens", "usage": [prompt, completion tokens]}.
 
-    `tokens` has for each generated token [text, log P(A), log P(B), the smallest log P that was listed], as far as
-    the server lists alternatives; A and B count with blanks around them, and None is one that was not listed.
-    Raises `NoCompletion` for anything else than a chat completion.
+    `tokens` has for each generated token [text, log P(A), log P(B), the smallest log P that was listed], as
+    far as the server lists alternatives; A and B count with blanks around them, and None is one that was not
+    listed. Raises `NoCompletion` for anything else than a chat completion.
     """
     try:
         completion = json.loads(body)

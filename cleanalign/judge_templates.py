@@ -1,8 +1,8 @@
 """How a language model is asked which of two replies is better, and how its answer is read.
 
-A template is text with the fields {prompt}, {a} and {b}; it must end in a question that A or B answers. A line
-`[system]` begins a system message, a line `[user]` the user's; without them all of it is the user's. Any other
-word in braces is an error, for it is a field that nobody fills; braces around anything else are plain text.
+A template is text with the fields {prompt}, {a} and {b}; it must end in a question that A or B answers. A
+line `[system]` begins a system message, a line `[user]` the user's; without them all of it is the user's. Any
+other word in braces is an error, for it is a field that nobody fills; braces around anything else are text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from cleanalign.errors import UserError, near, require
 
-# In the manner of AlpacaEval's classifier template (alpaca_eval_clf): the same framing, so that a judge sees what
-# it sees there, but A and B for its m and M, and words of our own. Win rates by it are not AlpacaEval's.
+# In the manner of AlpacaEval's classifier template (alpaca_eval_clf): the same framing, but A and B for its m
+# and M, and words of our own. Win rates by it are not AlpacaEval's.
 ALPACA_EVAL = '''[system]
 You compare the answers of language models and pick the one that people would prefer. Your verdicts make a
 leaderboard.
 [user]
-Below are an instruction that was given to two language models and the answer of each. Judge by the quality of the
-answers, as a person who gave the instruction would; their order means nothing.
+Below are an instruction that was given to two language models and the answer of each. Judge by the quality of
+the answers, as a person who gave the instruction would; their order means nothing.
 
 ## Instruction
 
@@ -49,10 +49,11 @@ explanation.
 ## Better model
 '''
 
-# The question of DPO's evaluation by GPT-4 (arXiv 2305.18290, appendix C.2, prompt C). There the judge explains
-# itself before it answers; here it answers at once, so that its first token's probabilities are the verdict.
-TLDR = """Which of the following summaries does a better job of summarizing the most important points in the given forum \
-post, without including unimportant or irrelevant details? A good summary is both precise and concise.
+# The question of DPO's evaluation by GPT-4 (arXiv 2305.18290, appendix C.2, prompt C). There the judge
+# explains itself before it answers; here it answers at once, so that its first token's probabilities are the verdict.
+TLDR = """Which of the following summaries does a better job of summarizing the most important points in the \
+given forum post, without including unimportant or irrelevant details? A good summary is both precise and \
+concise.
 
 Post:
 {prompt}
@@ -93,8 +94,8 @@ class Template:
 
 
 def load_template(spec: str, flag: str = "--judge-template") -> Template:
-    """The template that `spec` names, or the one in the file `spec`. Raises `UserError` if it is not there, or a
-    field is missing, unknown or not as frequent as its counterpart."""
+    """The template that `spec` names, or the one in the file `spec`. Raises `UserError` if it is not there,
+    or a field is missing, unknown or not as frequent as its counterpart."""
     if spec in TEMPLATES:
         text = TEMPLATES[spec]
     elif Path(spec).is_file():
@@ -122,7 +123,7 @@ def load_template(spec: str, flag: str = "--judge-template") -> Template:
 
 
 def split_messages(text: str, what: str) -> tuple[tuple[str, str], ...]:
-    """(role, text) of each message. The system's message, where there is one, stands first, the user's last."""
+    """(role, text) of each message. The system's, where there is one, stands first, the user's last."""
     parts = re.split(r"^\[(system|user)\][ \t]*\n", text, flags=re.M)
     if len(parts) == 1:
         return (("user", text.strip()),)
@@ -140,8 +141,9 @@ ALONE = re.compile(r"^\W*([AB])[^\w\s:]*[ \t]*(?:\n|$)")
 FIRST = re.compile(r"^\W*([AB])[^\w\s'’]+(?:\s|$)")
 # "Answer: B", "Preferred: A", "The better response is B", "Model A", "Response B is better"
 NAMED = re.compile(
-    r"\b(?:answer|verdict|choice|better|best|preferred|prefer|choose|model|response|reply|summary|output|option)"
-    r"(?:\s+(?:model|response|reply|summary|output|option))?(?:\s+is)?\W{1,4}([AB])(?![\w'’])(?=\W*$|\s+is better)",
+    r"\b(?:answer|verdict|choice|better|best|preferred|prefer|choose|model|response|reply"
+    r"|summary|output|option)(?:\s+(?:model|response|reply|summary|output|option))?(?:\s+is)?"
+    r"\W{1,4}([AB])(?![\w'’])(?=\W*$|\s+is better)",
     re.I,
 )
 # a sentence with one of these may mean the other letter, or neither

@@ -3,8 +3,8 @@
     answer to a question = probabilities of "A" and "B" as its next word, or else the letter that it wrote
     p(a ≻ b) = P("A") / (P("A") + P("B")), 1 or 0 without logprobs, ½ for a refusal or what cannot be read
 
-One order; `judges.both_orders` asks the other. Every answer is kept in the user's cache folder, by endpoint, model
-and the words of the question (so by template, prompt, replies and order), and is asked for once.
+One order; `judges.both_orders` asks the other. Every answer is kept in the user's cache folder, by endpoint,
+model and the words of the question (so by template, prompt, replies and order), and is asked for once.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ class OpenAIJudge:
     # --- before and after a run ---
 
     def announce(self, comparisons: int, characters: float) -> None:
-        """Say what a run will ask at most: `comparisons` in both orders, with `characters` of prompt and replies
-        each. Raises `UserError` if no server is there."""
+        """Say what a run will ask at most: `comparisons` in both orders, with `characters` of prompt and
+        replies each. Raises `UserError` if no server is there."""
         self.endpoint.knock()
         requests = 2 * comparisons
         tokens = requests * (characters + self.template.characters()) / CHARACTERS_PER_TOKEN
         lines = [
-            f"{self.what} at {self.endpoint.url}: at most {requests:,} requests ({comparisons:,} comparisons in both "
-            f"orders), about {_rounded(tokens)} tokens; answers are kept in {self.answers.file}"
+            f"{self.what} at {self.endpoint.url}: at most {requests:,} requests ({comparisons:,} "
+            f"comparisons in both orders), about {_rounded(tokens)} tokens; answers are kept in {self.answers.file}"
         ]
         limit = self.settings.max_requests
         if limit is not None and limit < requests:
@@ -91,7 +91,8 @@ class OpenAIJudge:
         print("\n".join(lines), flush=True)
 
     def figures(self) -> dict:
-        """What was asked since the process began. `requests` counts every attempt; `answer_mass` is the mean probability of A and B together."""
+        """What was asked since the process began. `requests` counts every attempt; `answer_mass` is the mean
+        probability of A and B together."""
         mass = sum(self.masses) / len(self.masses) if self.masses else None
         requests = {"requests": self.endpoint.sent, **vars(self.tally)}
         return {**requests, "answer_mass": mass, "endpoint": self.endpoint.url}
@@ -179,8 +180,9 @@ class OpenAIJudge:
         seen = tally.answers + tally.answers_from_disk
         if seen >= FIRST_ANSWERS and tally.refusals + tally.unreadable == seen:
             raise JudgeFailure(
-                f"{self.what}: none of its first {seen} answers is A or B, the last one is {answer['text'][:80]!r}. "
-                "Take a model that follows the question, or another --judge-template."
+                f"{self.what}: none of its first {seen} answers is A or B, the last one is "
+                f"{answer['text'][:80]!r}. Take a model that follows the question, or another "
+                "--judge-template."
             )
 
     def _say(self, asked: int, missing: dict[str, list[dict]]) -> None:
@@ -190,8 +192,8 @@ class OpenAIJudge:
         characters = sum(len(message["content"]) for question in missing.values() for message in question)
         tokens = _rounded(characters / CHARACTERS_PER_TOKEN)
         print(
-            f"{self.what}: {asked:,} questions, {asked - len(missing):,} of them answered on disk; asks the other "
-            f"{len(missing):,}, about {tokens} tokens",
+            f"{self.what}: {asked:,} questions, {asked - len(missing):,} of them answered on disk; asks the "
+            f"other {len(missing):,}, about {tokens} tokens",
             flush=True,
         )
 
@@ -209,7 +211,7 @@ class OpenAIJudge:
 
 @dataclass
 class Reading:
-    """What an answer says: p(the reply shown first is better), and the mass its probabilities put on A and B."""
+    """What an answer says: p(the reply shown first is better), and its probability of A and B together."""
 
     preference: float
     mass: float | None = None
@@ -224,9 +226,9 @@ def preference_of(answer: dict) -> float:
 def read(answer: dict) -> Reading | None:
     """An answer's meaning; None for a refusal, or where neither text nor probabilities name A or B.
 
-    The probabilities are read at the letter that the text names, or where it names none at its first word. A letter
-    that the server did not list among the likeliest gets the least probability listed, its upper bound: AlpacaEval's
-    parser takes 0, which makes certainties of a model that meant neither.
+    The probabilities are read at the letter that the text names, or where it names none at its first word. A
+    letter that the server did not list among the likeliest gets the least probability listed, its upper
+    bound: AlpacaEval's parser takes 0, which makes certainties of a model that meant neither.
     """
     if answer["refused"]:
         return None

@@ -1,4 +1,4 @@
-"""`--judge openai:MODEL` against a server that misbehaves on purpose, and against a real one where one can be had."""
+"""`--judge openai:MODEL` against a server that misbehaves on purpose, and a real one where one is installed."""
 
 import math
 import multiprocessing
@@ -114,12 +114,17 @@ def test_every_kind_of_answer(server, judge, answer, p):
 @pytest.mark.parametrize(
     "text,letter",
     [
-        *[(text, "A") for text in ("A", " A\n", "(A)", "**A**", '"A"', "A. It is kinder", "Answer: A", "Preferred: A", "A\n\nB")],
-        *[(text, "B") for text in ("The better response is B.", "Model B", "Response B is better", "B: because")],
-        *[(text, None) for text in ("", "A good reply", "Both A and B", "A: no\n\nB: yes", "A is worse", "I prefer neither, A", "C")],
-        *[(text, None) for text in ("The answer is not A", "a", "AB", "A's", "Model B is worse")],
+        *[(text, "A") for text in ("A", " A\n", "(A)", "**A**", '"A"', "A. It is kinder", "A\n\nB")],
+        *[(text, "A") for text in ("Answer: A", "Preferred: A")],
+        *[
+            (text, "B")
+            for text in ("The better response is B.", "Model B", "Response B is better", "B: because")
+        ],
+        *[(text, None) for text in ("", "A good reply", "Both A and B", "A: no\n\nB: yes", "A is worse")],
+        *[(text, None) for text in ("I prefer neither, A", "The answer is not A", "a", "AB", "A's", "C")],
+        ("Model B is worse", None),
     ],
-)  # fmt: skip
+)
 def test_reading_text(text, letter):
     assert read_letter(text) == letter
 
@@ -236,7 +241,7 @@ def test_retry_after_is_honoured_by_all(server, judge, headers):
 
 
 def test_rate_limits_are_waited_out_while_others_get_through(server, judge):
-    """A question meets more 429s than it has attempts, which is no reason to give up while others are answered."""
+    """A question meets more 429s than it has attempts: no reason to give up while others get through."""
     server.seconds = 0.03
     server.meets = lambda question: 429 if "p0:" in question and server.asked[question] < 10 else None
     judge(concurrency=2).preference(PROMPTS, LONG, SHORT)
@@ -459,7 +464,7 @@ def test_a_run_stops_at_the_limit_and_goes_on_asking_only_what_is_missing(
     whole, summary = metrics_of(tmp_path / "whole"), summary_of(tmp_path / "whole")
     asked, account = server.requests, summary["judge_account"]
     assert account["requests"] == asked and account["answers_from_disk"] + asked >= 2 * 16
-    # three pairs of three samples to each of 16 prompts, and the final comparison; the same text twice is asked once
+    # three pairs of three samples to each of 16 prompts, and the final comparison; equal texts are asked once
     assert f"at most {2 * (16 * 3 + 16)} requests" in said and asked <= 2 * (16 * 3 + 16)
     assert summary["judge"] == "openai:m"
 
