@@ -170,8 +170,8 @@ class Experiment:
         self.state = self.run.restore()
 
     def announce(self, comparisons: int) -> None:
-        """Say what training and the final evaluation will cost, of judges that do. Both replies are taken to be
-        as long as they can be."""
+        """Say what training and the final evaluation will cost, of judges that do. Both replies are taken to
+        be as long as they can be."""
         lengths = [len(prompt) for prompt in [*self.prompts, *self.eval_prompts]]
         tokens = sum(lengths) / max(1, len(lengths)) + 2 * self.args.max_new_tokens
         for judge, training in ((self.judge, comparisons), (self.eval_judge, 0)):

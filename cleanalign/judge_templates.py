@@ -50,7 +50,7 @@ explanation.
 '''
 
 # The question of DPO's evaluation by GPT-4 (arXiv 2305.18290, appendix C.2, prompt C). There the judge
-# explains itself before it answers; here it answers at once, so that its first token's probabilities are the verdict.
+# explains itself before it answers; here it answers at once: its first token's probabilities are the verdict.
 TLDR = """Which of the following summaries does a better job of summarizing the most important points in the \
 given forum post, without including unimportant or irrelevant details? A good summary is both precise and \
 concise.

@@ -83,7 +83,8 @@ class OpenAIJudge:
         tokens = requests * (characters + self.template.characters()) / CHARACTERS_PER_TOKEN
         lines = [
             f"{self.what} at {self.endpoint.url}: at most {requests:,} requests ({comparisons:,} "
-            f"comparisons in both orders), about {_rounded(tokens)} tokens; answers are kept in {self.answers.file}"
+            f"comparisons in both orders), about {_rounded(tokens)} tokens; "
+            f"answers are kept in {self.answers.file}"
         ]
         limit = self.settings.max_requests
         if limit is not None and limit < requests:
@@ -114,6 +115,7 @@ class OpenAIJudge:
         missing = {key: question for key, question in by_key.items() if key not in answers}
         for answer in answers.values():
             self._count(answer, paid=False)
+            self._require_a_judge(answer)
         if missing:
             self._say(len(by_key), missing)
             answers |= self._ask(missing)
