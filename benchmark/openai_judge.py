@@ -102,7 +102,7 @@ class Bench:
         ]
         words += ["--logits_all", "true", "--n_ctx", "4096"]
         if self.args.server == "transformers":
-            words = [self.args.python, self.args.python.parent / "transformers", "serve", "./smollm2-135m"]
+            words = [self.args.python, self.args.python.parent / "transformers", "serve", "smollm2-135m"]
         words += ["--host", "127.0.0.1", "--port", str(self.args.port)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         with open(self.log, "a") as log:

@@ -223,8 +223,9 @@ class Endpoint:
             raise JudgeFailure(f"{self.what}: {self.url}: {said}.")
 
     def _said(self, error) -> str:
-        body = error.body
-        text = body.get("message") if isinstance(body, dict) else body
+        text = error.body
+        if isinstance(text, dict):  # OpenAI's "message", or FastAPI's "detail"
+            text = text.get("message") or text.get("detail") or text
         return self._clean(f"{error.status_code} {text or error.message}".rstrip(". "))
 
     def _clean(self, text: str) -> str:

@@ -41,7 +41,7 @@ def longer(question: str) -> dict:
 
 class Server:
     """`plan` holds what the next requests meet: a status, "hang-up", "slow", "nonsense", "html", a body as a
-    dict, or (status, headers, body); when it is empty, what `meets(question)` says, or else `answer(question)`."""
+    dict, or (status, headers, body); when it is empty, what `meets(question)` says, or `answer(question)`."""
 
     def __init__(self, answer=longer):
         self.answer, self.plan, self.asked, self.bodies = answer, [], Counter(), []

@@ -2,8 +2,13 @@
 
 import math
 import multiprocessing
+import os
+import socket
 import sqlite3
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +283,10 @@ def test_a_server_that_is_gone(server, judge):
         (404, r"knows no model 'm', or is not the API's address, which usually ends in /v1: 404"),
         (403, "refuses the key"),
         (400, "does not understand the request: 400 status 400 on purpose"),
+        (
+            (422, {}, {"detail": [{"loc": ["body"]}]}),
+            r"does not understand the request: 422 \[\{'loc': \['body'\]\}\]",
+        ),
         (402, "no credit left"),
         (418, "418 status 418"),
         (
@@ -496,3 +505,48 @@ def test_a_run_without_its_server_starts_nothing(server, run_flags, tmp_path, ca
         start(selm, *run_flags, "--run-name=x")
     assert stop.value.code == 2 and "no server at OPENAI_BASE_URL" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+# --- a server that nobody here wrote ---
+
+SERVER_PYTHON = os.environ.get("CLEANALIGN_SERVER_PYTHON", sys.executable)  # where transformers[serving] is
+
+
+@pytest.fixture
+def real_server(world, tmp_path, monkeypatch):
+    """`transformers serve` with the tiny model, which answers with words of its own."""
+    command = [SERVER_PYTHON, "-c", "import fastapi, uvicorn, openai"]
+    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("pip install 'transformers[serving]', or name its python in CLEANALIGN_SERVER_PYTHON")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    serve = [Path(SERVER_PYTHON).parent / "transformers", "serve", "model"]
+    words = [SERVER_PYTHON, *map(str, serve), "--host", "127.0.0.1", "--port", port]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(words, cwd=world, stdout=log, stderr=log)
+    try:
+        deadline = time.time() + 120
+        while "Uvicorn running" not in (tmp_path / "log").read_text():
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path / "cache"))
+        yield tmp_path / "log"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_real_server(real_server, template):
+    settings = JudgeSettings(template, concurrency=4)
+    one = load_judge("openai:model", settings=settings)
+    p = one.preference(["good cat", "the sun", "good cat"], ["fine", "yes", "fine"], ["bad", "no", "bad"])
+    assert p.tolist() == [0.5, 0.5, 0.5]  # the tiny model has no word A
+    figures = one.account.figures()
+    assert (figures["answers"], figures["unreadable"]) == (2, 2) and figures["prompt_tokens"] > 10
+    again = load_judge("openai:model", settings=settings)
+    again.preference(["good cat", "the sun"], ["fine", "yes"], ["bad", "no"])
+    assert again.account.figures()["requests"] == 0
+    assert real_server.read_text().count('"POST /v1/chat/completions HTTP/1.1" 200') == 2
