@@ -216,7 +216,8 @@ class Args(RunArgs):
     def holds(self) -> Holds:
         """Beside the policy: the model it is tied to. A row of training holds a demonstration, or a prompt's
         samples."""
-        return Holds(completions=1 if self.objective == "forward-kl" else self.samples_per_prompt)
+        completions = 1 if self.objective == "forward-kl" else self.samples_per_prompt
+        return Holds(completions=completions, models=2 + len(self.pairs))
 
 
 HH = Args(  # the paper's task: Anthropic's HH-RLHF
@@ -462,6 +463,10 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
         own, _ = exp.sample(prompts, seed, args.samples_per_prompt)  # [G][K]
         share = learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
         metrics = {}
+        if exp.judge.score is not None:  # to look at; nothing learns from it
+            asked = [train.rows[i].prompt for i in chosen for _ in range(args.samples_per_prompt)]
+            texts = [text for group in exp.texts(own) for text in group]
+            metrics["score"] = exp.judge.score(asked, texts).mean().item()
         with run.phase("training"), sealed(exp.judge):
             # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier
             # policies.
@@ -482,14 +487,9 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
             metrics |= train_step(exp, of_policy, groups, step, args.policy_learning_rate * share)
         spread = reward.std(1).mean().item() if args.samples_per_prompt > 1 else 0.0
         metrics |= {"reward": reward.mean().item(), "reward_std": spread}
-        if exp.judge.score is not None:  # to look at; nothing learns from it
-            asked = [train.rows[i].prompt for i in chosen for _ in range(args.samples_per_prompt)]
-            texts = [text for group in exp.texts(own) for text in group]
-            metrics["score"] = exp.judge.score(asked, texts).mean().item()
         row = {f"adversarial/{name}": value for name, value in metrics.items()} | run.throughput()
         run.log(step, row, show=("adversarial/score", "adversarial/kl"))
-        if run.due(step) and index + 1 < steps:
-            exp.save_within("adversarial", index + 1, optimisers, replay=earlier)
+        exp.keep_within("adversarial", index + 1, optimisers, replay=earlier)
     for optimiser in optimisers.values():
         optimiser.release()
     exp.reference = None  # it was π_SFT; the final comparison is with π_0
@@ -791,6 +791,8 @@ def main(args: Args) -> None:
     args = exp.args
     data = load_data(exp)
     exp.begin(planned_steps(args, data))
+    if exp.trained:
+        return exp.finish(curves_of(exp.run.metrics))
 
     # 2. SFT: the forward KL.
     sft_source = args.sft_model or exp.run.folder / "sft"
@@ -813,8 +815,7 @@ def main(args: Args) -> None:
     else:
         summary |= inverse_rl(exp, sft_source, data)
 
-    # 4. Compare with the starting model on held-out prompts; save.
-    exp.reference = exp.load(args.model)
+    # 4. Save; compare with the starting model on held-out prompts.
     exp.finish(curves_of(exp.run.metrics), summary)
 
 

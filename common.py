@@ -146,7 +146,15 @@ def encode_rows(
         if text in seen:
             continue
         seen.add(text)
-        ids = encode_prompt(tokenizer, row.prompt)
+        try:
+            ids = encode_prompt(tokenizer, row.prompt)
+        except (
+            Exception
+        ) as error:  # a chat template can refuse anything: two turns of one speaker, an unknown role
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{row.id}: the model's chat template does not take this prompt: {first}"
+            ) from error
         if len(ids) > max_prompt_length:
             dropped[f"longer than --max-prompt-length {max_prompt_length}"] += 1
             continue

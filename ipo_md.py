@@ -351,6 +351,8 @@ def main(args: Args) -> None:
     exp = set_up("ipo_md", args, ("chosen", "rejected") if args.offline else ())
     batches = plan_batches(args, len(exp.rows))
     exp.begin(len(batches), comparisons=0 if args.offline else sum(map(len, batches)))
+    if exp.trained:
+        return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     if exp.state:
         optimiser.load_state_dict(exp.state["optimiser"])
@@ -368,10 +370,9 @@ def main(args: Args) -> None:
             metrics |= train_step(exp, optimiser, pairs, step, learning_rate)
         metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
         exp.run.log(step, metrics, show=("loss", "score", "rewards/accuracy", "kl"))
-        if exp.run.due(step):
-            exp.run.save({"step": step, "optimiser": optimiser.state_dict()})
+        exp.run.keep(step, {"step": step, "optimiser": optimiser.state_dict()})
 
-    # 4. Compare with the starting model on held-out prompts; save.
+    # 4. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

@@ -305,6 +305,14 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
     return batches[: args.max_steps]
 
 
+def comparisons(args: Args, batches: list[list[int]]) -> int:
+    """Pairs that the judge sees in training: a sample against the opponent's, or the prompt's others."""
+    K = args.samples_per_prompt
+    each_other = args.opponent == "self" and K > 1
+    games = K * (K - 1) // 2 if each_other else K
+    return games * sum(map(len, batches))
+
+
 def collect(
     exp: Experiment, indices: list[int], step: int, ema: EMA | None = None
 ) -> tuple[list[Group], dict]:
@@ -441,9 +449,9 @@ def main(args: Args) -> None:
         "Use --judge sentiment or hf:ID, or --objective nash.",
     )
     batches = plan_batches(args, len(exp.rows))
-    K, alone = args.samples_per_prompt, args.opponent == "self" and args.samples_per_prompt > 1
-    games = K * (K - 1) // 2 if alone else K  # of a prompt; where the samples have no opponent, each other's
-    exp.begin(len(batches), comparisons=games * sum(map(len, batches)))
+    exp.begin(len(batches), comparisons(args, batches))
+    if exp.trained:
+        return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     ema = EMA(optimiser, args.ema_decay) if args.holds().average else None
     if exp.state:
@@ -466,11 +474,10 @@ def main(args: Args) -> None:
                 ema.update()
         metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
         exp.run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
-        if exp.run.due(step):
-            average = ema.weights if ema else None
-            exp.run.save({"step": step, "optimiser": optimiser.state_dict(), "ema": average})
+        average = ema.weights if ema else None
+        exp.run.keep(step, {"step": step, "optimiser": optimiser.state_dict(), "ema": average})
 
-    # 4. Compare with the starting model on held-out prompts; save.
+    # 4. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

@@ -476,6 +476,8 @@ def main(args: Args) -> None:
     exp = set_up("selm", args, columns)
     rounds = plan_rounds(args, len(exp.rows))
     exp.begin(sum(this.steps for this in rounds), comparisons(args, rounds))
+    if exp.trained:
+        return exp.finish(CURVES)
     state = exp.state or {"step": 0, "round": 0}  # a resumed round also has its pairs and the optimiser
     step, optimiser = state["step"], None
 
@@ -501,6 +503,7 @@ def main(args: Args) -> None:
         state = {}
 
         # 5. Train on the pairs.
+        kept = {"pairs": [asdict(pair) for pair in pairs], "dropped": dropped}
         batches = batches_of(pairs, args, this)
         exp.run.fewer_steps(this.steps - len(batches))  # ties were dropped
         planned = len(rounds) if args.exploration == "xpo" else len(batches)
@@ -518,17 +521,10 @@ def main(args: Args) -> None:
             exp.run.log(
                 step, metrics | exp.run.throughput(), show=("loss", "score", "rewards/accuracy", "kl")
             )
-            if exp.run.due(step):
-                place = {
-                    "step": step,
-                    "round": number,
-                    "batch": index + 1,
-                    "iteration_start": iteration_start,
-                }
-                kept = {"pairs": [asdict(pair) for pair in pairs], "dropped": dropped}
-                exp.run.save({**place, **kept, "optimiser": optimiser.state_dict()})
+            place = {"step": step, "round": number, "batch": index + 1, "iteration_start": iteration_start}
+            exp.run.keep(step, {**place, **kept, "optimiser": optimiser.state_dict()})
 
-    # 6. Compare with the starting model on held-out prompts; save.
+    # 6. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

@@ -26,6 +26,7 @@ class Holds:
     reference: bool = True  # a second model, while it trains (with LoRA it is the policy's own weights)
     average: bool = False  # a moving average of the trained weights
     completions: int = 1  # of a prompt, side by side in a row of training
+    models: int = 1  # that it writes to its run folder
 
 
 def prepare(args):

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can fix: the message names what, where and how. Ends the program with exit code
-    2."""
+    """A mistake the user can mend: the message names what, where and how. The program ends with code 2."""
 
 
 class JudgeFailure(UserError):

@@ -64,7 +64,7 @@ class _AdamW:
         """Detach from the model: hooks gone, gradients free to be collected."""
         for handle in self._hooks:
             handle.remove()
-        self.grads = []
+        self.weights, self.grads = [], []
 
 
 class MasterAdamW(_AdamW):

@@ -140,7 +140,7 @@ def config(name: str) -> transformers.PretrainedConfig:
         kind, sizes = CONFIGS[name]
         made = getattr(transformers, kind)(**sizes)
     else:
-        made = transformers.AutoConfig.from_pretrained(name)
+        made = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     for key, value in vars(made).items():
         if "drop" in key and isinstance(value, float):
             setattr(made, key, 0.0)
