@@ -38,6 +38,7 @@ from cleanalign.models import (
     save_model,
     starting_model,
 )
+from cleanalign.openai_judge import CHARACTERS_PER_TOKEN, JudgeSettings
 from cleanalign.optimization import bytes_per_weight, learning_rate_at, make_optimiser
 from cleanalign.reporting import model_card
 from cleanalign.run import Run, kept
@@ -59,6 +60,7 @@ __all__ = [
     "command_line",
     "evaluate",
     "load_demonstrations",
+    "load_judges",
     "parse",
     "set_up",
     "set_up_stages",
@@ -96,6 +98,13 @@ class RunArgs:
     """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
     resume: str | None = None
     """Run folder to continue from its last checkpoint, with the arguments it had."""
+    judge_template: str = "alpaca-eval"
+    """What --judge openai:MODEL is asked: alpaca-eval, tldr, or a file with {prompt}, {a} and {b} in it."""
+    judge_max_requests: int | None = None
+    """Requests that the judges openai:MODEL may send together before the run stops; a resumed run counts
+    anew. None: any number."""
+    judge_concurrency: int = 8
+    """Requests to a judge openai:MODEL that are under way at once."""
     keep_checkpoints: int = 2
     """Checkpoints that stay in the run folder, the newest ones: a damaged one is passed over for the one before it."""
     save_async: Literal["auto", "on", "off"] = "auto"
@@ -162,13 +171,18 @@ class Experiment:
     run: Run | None = None
     state: dict | None = None  # the checkpoint that a resumed run goes on from
 
-    def begin(self, steps: int) -> None:
-        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good."""
+    def begin(self, steps: int, comparisons: int = 0) -> None:
+        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good.
+
+        Args:
+            comparisons: what training asks the judge, for the estimate of a judge that costs money.
+        """
         count = distributed.world()
         require(
             len(self.rows) >= count,
             f"{count} processes and {len(self.rows)} training prompts: some would never have any. Start fewer.",
         )
+        announce_costs(self, comparisons)
         self.run = Run(self.script, self.args, steps)
         self.run.create()
         require_space(self.run.folder, disk_bytes(self), "checkpoints and model of this run")
@@ -214,7 +228,7 @@ class Experiment:
         if self.args.lora_rank > 0:
             self.reference = None  # it was the policy's own weights
         with self.run.phase("evaluation"):
-            summary = {**(more or {}), **evaluate(self)}
+            summary = {**(more or {}), **evaluate(self), **judge_costs(self)}
         if distributed.rank() == 0:
             write_text(
                 folder / "README.md", model_card(self.script, self.run.folder.name, self.args, summary)
@@ -235,8 +249,7 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     require_room(args, device)
-    judge = load_judge(args.judge, device)
-    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
+    judge, eval_judge = load_judges(args, device)
     train_rows, test_rows = load_rows(args.dataset, columns, held_out=args.eval_prompts)
     with distributed.first_of_each_machine():
         tokenizer = load_tokenizer(args.model)
@@ -259,6 +272,34 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     return Experiment(
         script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge, *train, *test, *models
     )
+
+
+def announce_costs(exp: Experiment, comparisons: int) -> None:
+    """Say what training and the final comparison will cost, of judges that do. Replies are taken to be as
+    long as they can be."""
+    lengths = [len(prompt) for prompt in [*exp.prompts, *exp.eval_prompts]]
+    tokens = sum(lengths) / max(1, len(lengths)) + 2 * exp.args.max_new_tokens
+    for judge, training in ((exp.judge, comparisons), (exp.eval_judge, 0)):
+        if judge is not None and judge.account is not None:
+            judge.account.announce(training + len(exp.eval_rows), tokens * CHARACTERS_PER_TOKEN)
+
+
+def judge_costs(exp: Experiment) -> dict:
+    """For the summary: what each judge that costs money was asked since this process began."""
+    costs = {}
+    for name, judge in (("judge", exp.judge), ("eval_judge", exp.eval_judge)):
+        if judge is not None and judge.account is not None:
+            costs[f"{name}_account"] = judge.account.figures()
+    return costs
+
+
+def load_judges(args, device: torch.device) -> tuple[Judge, Judge | None]:
+    """The judges of `--judge` and `--eval-judge`. Requests of both count towards `--judge-max-requests`."""
+    settings = JudgeSettings(args.judge_template, args.judge_max_requests, args.judge_concurrency)
+    judge = load_judge(args.judge, device, "--judge", settings)
+    if not args.eval_judge:
+        return judge, None
+    return judge, load_judge(args.eval_judge, device, "--eval-judge", settings)
 
 
 def count_weights(model) -> tuple[int, int]:
@@ -395,8 +436,7 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     require_room(args, device)
-    judge = load_judge(args.judge, device)
-    eval_judge = load_judge(args.eval_judge, device, "--eval-judge") if args.eval_judge else None
+    judge, eval_judge = load_judges(args, device)
     with distributed.first_of_each_machine():
         tokenizer = load_tokenizer(args.model)
     longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens

@@ -350,7 +350,7 @@ def main(args: Args) -> None:
     # 1. Model, judge, data; the run folder.
     exp = set_up("ipo_md", args, ("chosen", "rejected") if args.offline else ())
     batches = plan_batches(args, len(exp.rows))
-    exp.begin(len(batches))
+    exp.begin(len(batches), comparisons=0 if args.offline else sum(map(len, batches)))
     if exp.trained:
         return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)

@@ -6,6 +6,7 @@
     --judge hf:ID              a sequence-classification reward model; p = σ(r(a) − r(b))
     --judge pairrm             PairRM, SELM's judge, reads both replies at once; pairrm:ID for another copy
     --judge pairwise:ID        a causal language model that answers A or B, in RLHFlow's format
+    --judge openai:MODEL       a model behind an OpenAI-compatible endpoint: OPENAI_BASE_URL, OPENAI_API_KEY
     --judge random             a number made of the reply's characters: for --dry-run; nothing to learn from
     --judge FILE.py:FUNCTION   your own f(prompts, a, b) -> p(a ≻ b) for each; it need not come from a scalar.
                                Or a reward f(prompts, replies) -> r for each; p = σ(r(a) − r(b))
@@ -38,6 +39,7 @@ from cleanalign.data import Prompt, prompt_text, write_dialogue
 from cleanalign.decoding import left_pad
 from cleanalign.errors import JudgeFailure, UserError, near, optional_import, require
 from cleanalign.models import hub_errors, try_template
+from cleanalign.openai_judge import JudgeSettings, OpenAIJudge
 
 LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so certain cases reach p = .98
 
@@ -49,7 +51,7 @@ class Judge:
     preference(prompts, a, b) -> (B,) float32 tensor of p(a ≻ b); score(prompts, replies) -> (B,) float32, or
     None. Where there is a score, p(a ≻ b) = σ(scale · (score(a) − score(b))). measure(replies) gives metrics
     of its own, to be logged. `symmetric` judges give p(a ≻ b) + p(b ≻ a) = 1 by construction, so asking in
-    the other order would tell nothing.
+    the other order would tell nothing. `account` of a judge that costs money foresees and counts it.
     """
 
     name: str
@@ -58,16 +60,23 @@ class Judge:
     scale: float = 1.0
     measure: Callable[[list[str]], dict[str, float]] | None = None
     symmetric: bool = False
+    account: OpenAIJudge | None = None
 
 
-def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--judge") -> Judge:
-    """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not there.
+def load_judge(
+    spec: str,
+    device: torch.device | str = "cpu",
+    flag: str = "--judge",
+    settings: JudgeSettings | None = None,
+) -> Judge:
+    """The judge that `spec` names (see the module's docstring); `settings` say how one behind a network is
+    asked. Raises `UserError` for one that is not there.
 
     Whatever goes wrong when it is asked (an exception, a time-out, a wrong number of values, NaN, a preference
     outside [0, 1]) is a `JudgeFailure`, by which a run knows to checkpoint first. Of several processes each asks its
     own copy about a share of the rows, and all get every answer, or the failure.
     """
-    judge = _make_judge(spec, device, flag)
+    judge = _make_judge(spec, device, flag, settings or JudgeSettings())
     judge.preference = _checked(judge.preference, f"{flag} {spec}", "p(a ≻ b)", greatest=1.0)
     if judge.score is not None:
         judge.score = _checked(judge.score, f"{flag} {spec}", "score")
@@ -116,7 +125,7 @@ def _checked(ask: Callable, judge: str, what: str, greatest: float = math.inf) -
     return answer
 
 
-def _make_judge(spec: str, device: torch.device | str, flag: str) -> Judge:
+def _make_judge(spec: str, device: torch.device | str, flag: str, settings: JudgeSettings) -> Judge:
     if spec in LEXICONS:
         return scalar_judge(spec, LEXICONS[spec](), scale=LEXICON_SCALE)
     if spec == "cycle":
@@ -135,9 +144,21 @@ def _make_judge(spec: str, device: torch.device | str, flag: str) -> Judge:
         )
     if spec.startswith("pairwise:"):
         return Judge(spec, pairwise_model(spec[len("pairwise:") :], device, flag))
+    if spec.startswith("openai:"):
+        asked = OpenAIJudge(spec[len("openai:") :], flag, settings)
+        return Judge(spec, asked.preference, account=asked)
     if ".py:" in spec:
         return function_judge(spec, flag)
-    known = [*LEXICONS, "cycle", "hf:ID", "pairrm", "pairrm:ID", "pairwise:ID", "FILE.py:FUNCTION"]
+    known = [
+        *LEXICONS,
+        "cycle",
+        "hf:ID",
+        "pairrm",
+        "pairrm:ID",
+        "pairwise:ID",
+        "openai:MODEL",
+        "FILE.py:FUNCTION",
+    ]
     raise UserError(f"{flag} {spec}: no such judge. {near(spec, known)}")
 
 

@@ -304,6 +304,14 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
     return batches[: args.max_steps]
 
 
+def comparisons(args: Args, batches: list[list[int]]) -> int:
+    """Pairs that the judge sees in training: a sample against the opponent's, or the prompt's others."""
+    K = args.samples_per_prompt
+    each_other = args.opponent == "self" and K > 1
+    games = K * (K - 1) // 2 if each_other else K
+    return games * sum(map(len, batches))
+
+
 def collect(
     exp: Experiment, indices: list[int], step: int, ema: EMA | None = None
 ) -> tuple[list[Group], dict]:
@@ -440,7 +448,7 @@ def main(args: Args) -> None:
         "Use --judge sentiment or hf:ID, or --objective nash.",
     )
     batches = plan_batches(args, len(exp.rows))
-    exp.begin(len(batches))
+    exp.begin(len(batches), comparisons(args, batches))
     if exp.trained:
         return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)

@@ -291,6 +291,14 @@ def plan_rounds(args: Args, prompts: int) -> list[Round]:
     return rounds
 
 
+def comparisons(args: Args, rounds: list[Round]) -> int:
+    """Pairs of candidates that the judge sees in training."""
+    own = args.samples_per_prompt if args.exploration == "selm" else 2
+    candidates = own + 2 * args.offline_responses
+    judged = sum(len(this.prompts) for this in rounds if not this.offline)
+    return judged * candidates * (candidates - 1) // 2
+
+
 def collect(exp: Experiment, this: Round) -> tuple[list[Pair], int]:
     """Candidates for one round's prompts, ranked by the judge, as pairs; and how many prompts were dropped as
     all ties."""
@@ -469,7 +477,7 @@ def main(args: Args) -> None:
     columns = ("chosen", "rejected") if args.offline_responses or args.offline_warmup else ()
     exp = set_up("selm", args, columns)
     rounds = plan_rounds(args, len(exp.rows))
-    exp.begin(sum(this.steps for this in rounds))
+    exp.begin(sum(this.steps for this in rounds), comparisons(args, rounds))
     if exp.trained:
         return exp.finish(CURVES)
     state = exp.state or {"step": 0, "round": 0}  # a resumed round also has its pairs and the optimiser

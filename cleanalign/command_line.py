@@ -140,6 +140,8 @@ MAY_DIFFER = {
     "track",
     "save_async",
     "keep_checkpoints",
+    "judge_max_requests",
+    "judge_concurrency",
 }  # flags that a resumed run may be given anew
 
 
