@@ -1,0 +1,83 @@
+"""Five trained policies in one pool: who beats whom under a judge that no scalar can express, and what mixture of
+them nobody beats.
+
+    python benchmark/pool.py            # trains SELM, IPO-MD, Nash-MD, online DPO and RLHF, then evaluates them
+
+The task, the starting model and the flags are those of `benchmark/compare.py cycle`, with fewer steps. RLHF learns
+from the scalar in results/cycle_reward.json, which that study fitted to the judge. Runs go to --run-dir, --jobs at
+a time with one thread each, and are reused if finished there; benchmark/results/pool.json keeps each run's command,
+commit, seed and versions and the whole comparison, pool.md the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import record
+import tyro
+from compare import CYCLE, PREPARE
+
+START = "cycle-sft"  # the name of the run that makes the starting model
+SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
+POLICIES = {  # run name: its command. SELM has no --tau; its β stays at the script's .1
+    "ipo-md": f"ipo_md.py {CYCLE}",
+    "nash-md": f"nash_md.py {CYCLE}",
+    "selm": f"selm.py {CYCLE.replace(' --tau 0.1', '')} --num-prompts 288",
+    "online-dpo": f"ipo_md.py {CYCLE} --loss dpo --beta 0",
+    "rlhf": f"nash_md.py {SCALAR} --objective rlhf",
+}
+
+
+def main(
+    steps: int = 32, seed: int = 1, jobs: int = 2, run_dir: str = "runs/pool", train_only: bool = False
+) -> None:
+    """Train the pool, compare it, write results/pool.json and pool.md.
+
+    Args:
+        steps: optimiser steps of each policy.
+        seed: of each policy's run.
+        jobs: runs at once, each with one thread.
+        run_dir: where the run folders go; finished ones are reused.
+        train_only: end before the comparison.
+    """
+    folder = Path(run_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    made, command = PREPARE["cycle"][0]
+    if not Path(made.format(run_dir=folder)).exists():
+        start(command.format(run_dir=folder), folder / f"{START}.log", threads=jobs)
+
+    def train(name: str) -> None:
+        words = POLICIES[name].format(run_dir=folder)
+        # the last --max-steps given holds
+        words += f" --max-steps {steps} --seed {seed} --save-every 0 --run-dir {folder} --run-name {name}"
+        if not (folder / name / "summary.json").exists():
+            start(words, folder / f"{name}.log", threads=1)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, POLICIES))
+    if train_only:
+        return
+
+
+def start(command: str, log: Path, threads: int) -> None:
+    """Run one of the scripts; its output goes to `log`. Ends the program if it fails."""
+    began = time.perf_counter()
+    with open(log, "w") as lines:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        words = [sys.executable, *command.split()]
+        done = subprocess.run(
+            words, cwd=record.ROOT, stdout=lines, stderr=lines, env=environment, check=False
+        )
+    if done.returncode:
+        sys.exit(f"failed: {command}; see {log}")
+    print(f"{time.perf_counter() - began:6.0f} s  {command}", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
