@@ -11,7 +11,6 @@ commit, seed and versions and the whole comparison, pool.md the tables.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -35,7 +34,7 @@ POLICIES = {  # run name: its command. SELM has no --tau; its β stays at the sc
 
 
 def main(
-    steps: int = 32, seed: int = 1, jobs: int = 2, run_dir: str = "runs/pool", train_only: bool = False
+    steps: int = 24, seed: int = 1, jobs: int = 2, run_dir: str = "runs/pool", train_only: bool = False
 ) -> None:
     """Train the pool, compare it, write results/pool.json and pool.md.
 
@@ -50,14 +49,15 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     made, command = PREPARE["cycle"][0]
     if not Path(made.format(run_dir=folder)).exists():
-        start(command.format(run_dir=folder), folder / f"{START}.log", threads=jobs)
+        start(command.format(run_dir=folder), folder / f"{START}.log")
 
     def train(name: str) -> None:
         words = POLICIES[name].format(run_dir=folder)
-        # the last --max-steps given holds
-        words += f" --max-steps {steps} --seed {seed} --save-every 0 --run-dir {folder} --run-name {name}"
+        # of a flag given twice the last holds; their own evaluation is small, as the comparison follows
+        words += f" --max-steps {steps} --eval-prompts 32 --seed {seed} --save-every 0"
+        words += f" --run-dir {folder} --run-name {name}"
         if not (folder / name / "summary.json").exists():
-            start(words, folder / f"{name}.log", threads=1)
+            start(words, folder / f"{name}.log")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, POLICIES))
@@ -65,11 +65,11 @@ def main(
         return
 
 
-def start(command: str, log: Path, threads: int) -> None:
-    """Run one of the scripts; its output goes to `log`. Ends the program if it fails."""
+def start(command: str, log: Path) -> None:
+    """Run one of the scripts on one thread; its output goes to `log`. Ends the program if it fails."""
     began = time.perf_counter()
     with open(log, "w") as lines:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         words = [sys.executable, *command.split()]
         done = subprocess.run(
             words, cwd=record.ROOT, stdout=lines, stderr=lines, env=environment, check=False
