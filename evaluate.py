@@ -1,18 +1,19 @@
 """Models side by side: who is preferred to whom, by how much, and which mixture of them nobody beats.
 
-Every model answers the same held-out prompts, every judge compares all pairs of answers in both orders, and the
-preferences become the papers' table p(row ≻ column) with intervals over prompts, a ranking, the Nash equilibrium
-of the pool and how much each model can be exploited in it (arXiv 2312.00886 and 2403.08635 report such tables,
-the Nash mixture of a pool is that of arXiv 1806.02643 without its entropy).
+Every model answers the same held-out prompts, every judge compares all pairs of answers in both orders, and
+the preferences become the papers' table p(row ≻ column) with intervals over prompts, a ranking, the Nash
+equilibrium of the pool and how much each model can be exploited in it (arXiv 2312.00886 and 2403.08635 report
+such tables, the Nash mixture of a pool is that of arXiv 1806.02643 without its entropy).
 
 What is worth knowing:
- 1. p(row ≻ column) is the mean of the judge's p over prompts, one sampled reply a side, ½ [p(a ≻ b) + 1 − p(b ≻ a)]
-    for judges without a scalar. `win_rate` beside it counts 1[p > ½] + ½ · 1[p = ½], as the scripts' summary does.
+ 1. p(row ≻ column) is the mean of the judge's p over prompts, one sampled reply a side, ½ [p(a ≻ b) + 1 − p(b
+    ≻ a)] for judges without a scalar. `win_rate` beside it counts 1[p > ½] + ½ · 1[p = ½], as the scripts'
+    summary does.
  2. Models draw independently of each other: a model's seed is made of its weights. The scripts' own final
     comparison draws both its sides from the same uniform numbers, so its figures are another draw.
  3. Answers and verdicts are kept in --cache: what was sampled or asked once is read the next time.
- 4. MT-Bench compares first answers only; second turns, whose question depends on the first answer, are written for
-    FastChat's judge.
+ 4. MT-Bench compares first answers only; second turns, whose question depends on the first answer, are
+    written for FastChat's judge.
 
 Examples:
     python evaluate.py runs/a runs/b smollm2-135m --judge sentiment --judge polarity
@@ -41,12 +42,23 @@ import tyro
 from transformers.utils.hub import cached_file
 
 import common
+from cleanalign.benchmarks import (
+    MODEL_ANSWERS,
+    QUESTIONS,
+    alpaca_annotations,
+    alpaca_outputs,
+    alpaca_rows,
+    length_controlled_win_rate,
+    mt_bench_line,
+    mt_bench_questions,
+    mt_bench_temperature,
+)
 from cleanalign.comparison import pool
 from cleanalign.comparison_page import page
 from cleanalign.comparison_text import markdown, printed
 from cleanalign.data import Row, bare, load_file, load_rows, prompt_text, report_dropped
 from cleanalign.embedded import EMBEDDED_MODEL
-from cleanalign.errors import UserError, near, optional_import, require
+from cleanalign.errors import UserError, near, require
 from cleanalign.kept import Kept, content_of, digest, fingerprint
 from cleanalign.models import (
     HUB_MODELS,
@@ -78,13 +90,13 @@ class Args:
 
     python evaluate.py gpt4.jsonl llama.jsonl --judge hf:ID
 
-    --benchmark NAME also sets the lengths and the temperature that it is usually run with, shown as the defaults
-    below; flags given by hand win.
+    --benchmark NAME also sets the lengths and the temperature that it is usually run with, shown as the
+    defaults below; flags given by hand win.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Run folders, model folders, recipe names, hub ids, or files of answers (.jsonl, .jsonl.gz or .parquet with
-    prompt and response, or AlpacaEval's .json). NAME=MODEL gives one another name."""
+    """Run folders, model folders, recipe names, hub ids, or files of answers (.jsonl, .jsonl.gz or .parquet
+    with prompt and response, or AlpacaEval's .json). NAME=MODEL gives one another name."""
     judge: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Who prefers what, once for each judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or
     FILE.py:FUNCTION; see docs/judges.md. None given: sentiment."""
@@ -110,19 +122,20 @@ class Args:
 
     # prompts
     dataset: str | None = None
-    """Held-out prompts of a data set (chitchat, ultrafeedback, …, a hub id or a file); with --benchmark the file
-    of its questions. None: the prompts of the files of answers, or without such files chitchat."""
+    """Held-out prompts of a data set (chitchat, ultrafeedback, …, a hub id or a file); with --benchmark the
+    file of its questions. None: the prompts of the files of answers, or without such files chitchat."""
     eval_prompts: int = 128
     """Held-out prompts of --dataset; files of answers without it, and benchmarks, are taken whole."""
     max_prompt_length: int = 64
-    """Longest prompt in tokens, chat template included; longer ones are dropped for all models and counted."""
+    """Longest prompt in tokens, chat template included; longer ones are dropped for all models and
+    counted."""
     common_prompts: bool = False
     """Compare on the prompts that all files of answers have, instead of refusing files that lack some."""
     benchmark: Literal["none", "alpaca_eval", "mt_bench"] = "none"
     """Also write the answers as AlpacaEval or FastChat reads them. With one model, nothing is compared."""
     length_controlled: bool = False
-    """With --benchmark alpaca_eval: the length-controlled win rate of each model against the first one, by the
-    code of the package alpaca_eval."""
+    """With --benchmark alpaca_eval: the length-controlled win rate of each model against the first one, by
+    the code of the package alpaca_eval."""
 
     # sampling
     max_new_tokens: int = 24
@@ -141,14 +154,6 @@ BENCHMARKS = {  # --benchmark: what it sets besides
         benchmark="alpaca_eval", max_prompt_length=1024, max_new_tokens=1024, temperature=0.7
     ),
     "mt_bench": Args(benchmark="mt_bench", max_prompt_length=4096, max_new_tokens=1024),
-}
-QUESTIONS = {  # --benchmark: where a user finds its questions
-    "alpaca_eval": "alpaca_eval.json of the hub's data set tatsu-lab/alpaca_eval (805 instructions)",
-    "mt_bench": "question.jsonl of github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench (80 questions)",
-}
-MT_BENCH_TEMPERATURE = {  # by category, FastChat's temperature_config; .7 elsewhere
-    **dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0),
-    **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 
 
@@ -204,7 +209,8 @@ def contender(spec: str) -> Contender:
     path = Path(rest if renamed else spec)
     if path.name.endswith(FILES):
         made = Contender(re.sub(r"(\.jsonl|\.json|\.jsonl\.gz|\.parquet)$", "", path.name), str(path))
-        # without a column that must be there: a reply of no words is dropped from training, but it is an answer
+        # without a column that must be there: a reply of no words is dropped from training, but it is an
+        # answer
         made.order = alpaca_rows(path) if path.suffix == ".json" else load_file(str(path), (), "answers")
         made.answers = {}
         for row in made.order:
@@ -224,8 +230,8 @@ def contender(spec: str) -> Contender:
     elif path.exists():
         require(
             (path / "config.json").is_file(),
-            f"{path}: neither a run folder (no args.json) nor a Hugging Face model folder (no config.json), nor a "
-            f"file of answers ({', '.join(FILES)}).",
+            f"{path}: neither a run folder (no args.json), nor a Hugging Face model folder (no config.json), "
+            f"nor a file of answers ({', '.join(FILES)}).",
         )
         folder = path.resolve()
         of_run = folder.name == "model" and (folder.parent / "args.json").is_file()
@@ -272,8 +278,8 @@ def short(text: str) -> str:
 
 
 def identity_of(source: str, kept: Kept) -> str:
-    """A fingerprint of a model's weights and tokenizer: of a folder its content, of a hub id the commit that is in
-    the hub's cache."""
+    """A fingerprint of a model's weights and tokenizer: of a folder its content, of a hub id the commit that
+    is in the hub's cache."""
     resolved = model_source(source)
     if Path(resolved).is_dir():
         return content_of(Path(resolved), kept)
@@ -282,7 +288,8 @@ def identity_of(source: str, kept: Kept) -> str:
 
 
 def differences(one: Contender, args: Args) -> list[str]:
-    """Flags that a run was trained with and that differ here: a warning, as its answers are other ones then."""
+    """Flags that a run was trained with and that differ here: a warning, as its answers are other ones
+    then."""
     file = Path(one.source).parent / "args.json"
     if one.answers is not None or not file.is_file():
         return []
@@ -358,7 +365,8 @@ def fitting(rows: list[Row], args: Args, contenders: list[Contender]) -> list[Ro
 
 @dataclass
 class Answering:
-    """What sampling needs: the flags, where and in what precision, what is kept, and a count of replies sampled."""
+    """What sampling needs: the flags, where and in what precision, what is kept, and a count of replies
+    sampled."""
 
     args: Args
     kept: Kept
@@ -371,8 +379,8 @@ class Answering:
 def answer(now: Answering, one: Contender, prompts: list, temperature: float) -> list[str]:
     """A contender's reply to each prompt, from what is kept or sampled now.
 
-    Prompts go in parts of `AT_ONCE`, each drawn by a seed of its own, which depends on the weights: contenders
-    draw independently of each other.
+    Prompts go in parts of `AT_ONCE`, each drawn by a seed of its own, which depends on the weights:
+    contenders draw independently of each other.
     """
     if one.answers is not None:
         return [one.answers[bare(prompt)] for prompt in prompts]
@@ -399,7 +407,8 @@ def answer(now: Answering, one: Contender, prompts: list, temperature: float) ->
 
 
 def sample_part(now: Answering, one: Contender, tokens: list[list[int]], more: dict) -> list[str]:
-    """One reply to each prompt by the model, which is loaded if it is not there yet; the one before is let go."""
+    """One reply to each prompt by the model, which is loaded if it is not there yet; the one before is let
+    go."""
     args = now.args
     if now.loaded is None or now.loaded[0] != one.name:
         now.loaded = None
@@ -462,67 +471,9 @@ def judge_identity(spec: str, kept: Kept) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def alpaca_rows(path: Path) -> list[Row]:
-    """Rows of AlpacaEval's JSON: a list of objects with `instruction` and, where they are answers, `output`."""
-    require(path.is_file(), f"{path}: no such file.")
-    try:
-        objects = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}.") from error
-    fine = (
-        isinstance(objects, list)
-        and objects
-        and all(isinstance(o, dict) and "instruction" in o for o in objects)
-    )
-    require(fine, f"{path}: not AlpacaEval's format, a list of objects with instruction and output.")
-    return [
-        Row(f"{path.name}:{i}", o["instruction"], response=o.get("output")) for i, o in enumerate(objects)
-    ]
-
-
 def question_rows(path: str) -> list[Row]:
     """All questions of a file, in their order."""
     return unique(load_file(path, (), "--dataset"))
-
-
-def alpaca_outputs(name: str, rows: list[Row], replies: list[str]) -> list[dict]:
-    """Answers as `alpaca_eval --model_outputs` reads them."""
-    pairs = zip(rows, replies, strict=True)
-    return [{"instruction": prompt_text(row.prompt), "output": y, "generator": name} for row, y in pairs]
-
-
-def alpaca_annotations(names: tuple[str, str], rows: list[Row], replies: tuple, p: list[float], judge: str):
-    """Verdicts as AlpacaEval keeps them: preference 1 is for output_1, the baseline's, 2 for output_2, the model's.
-
-    names, replies: the baseline's and the model's. p: (N,) p(model ≻ baseline).
-    """
-    columns = zip(rows, replies[0], replies[1], p, strict=True)
-    return [
-        {
-            "instruction": prompt_text(row.prompt),
-            "output_1": baseline,
-            "generator_1": names[0],
-            "output_2": model,
-            "generator_2": names[1],
-            "annotator": judge,
-            "preference": 1 + preference,
-        }
-        for row, baseline, model, preference in columns
-    ]
-
-
-def length_controlled_win_rate(annotations: list[dict]) -> dict:
-    """What alpaca_eval's own `get_length_controlled_winrate` says, in per cent. It fetches the difficulty of the
-    805 instructions from the hub. Raises `UserError` where that fails."""
-    metrics = optional_import("alpaca_eval.metrics", "'cleanalign[alpaca]'")
-    try:
-        told = metrics.get_length_controlled_winrate(annotations, save_weights_dir=None)
-    except Exception as error:  # the hub's, pandas' and scikit-learn's own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--length-controlled: alpaca_eval ended with {type(error).__name__}: {first}"
-        ) from error
-    return {key: float(value) for key, value in told.items() if isinstance(value, (int, float))}
 
 
 def mt_bench(now: Answering, one: Contender, questions: list[dict]) -> list[dict]:
@@ -538,38 +489,7 @@ def mt_bench(now: Answering, one: Contender, questions: list[dict]) -> list[dict
             for talk, question, reply in zip(talks, group, replies, strict=True):
                 talk.append({"role": "assistant", "content": reply})
                 turns.setdefault(question["question_id"], []).append(reply)
-    return [
-        {
-            "question_id": question["question_id"],
-            "answer_id": fingerprint(one.name, question["question_id"], turns[question["question_id"]])[:22],
-            "model_id": one.name,
-            "choices": [{"index": 0, "turns": turns[question["question_id"]]}],
-            "tstamp": time.time(),
-        }
-        for question in questions
-    ]
-
-
-def mt_bench_temperature(question: dict) -> float:
-    """FastChat's temperature for a question's category."""
-    return MT_BENCH_TEMPERATURE.get(question.get("category"), 0.7)
-
-
-def mt_bench_questions(path: Path) -> list[dict]:
-    """FastChat's question.jsonl. Raises `UserError` for another file."""
-    require(path.is_file(), f"--dataset {path}: no such file.")
-    try:
-        questions = [
-            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    except ValueError as error:
-        raise UserError(f"--dataset {path}: not JSON lines: {error}.") from error
-    fine = [isinstance(q, dict) and "question_id" in q and len(q.get("turns", ())) == 2 for q in questions]
-    require(
-        bool(fine) and all(fine),
-        f"--dataset {path}: not MT-Bench's format, question_id and two turns a line.",
-    )
-    return sorted(questions, key=lambda question: question["question_id"])
+    return [mt_bench_line(one.name, question, turns[question["question_id"]]) for question in questions]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -616,14 +536,17 @@ def main(args: Args) -> None:
     asked: Counter = Counter()
     groups = [[replies[one.name][i] for one in contenders] for i in range(len(rows))]
     verdicts: dict[str, torch.Tensor] = {}  # judge: (N, M, M)
+    measured: dict[str, dict] = {}  # judge: {model: {name: value}}, of judges with a measure of their own
     for judge, spec in zip(judges, specs, strict=False):
         careful = kept_judge(judge, judge_identity(spec, kept), kept, asked)
         matrices = judge_candidates(careful, [row.prompt for row in rows], groups)[1]
         verdicts[spec] = torch.stack(matrices)
+        if judge.measure:
+            measured[spec] = {name: judge.measure(texts) for name, texts in replies.items()}
     kept.close()
 
     # 4. The table, the mixture; all of it into the run folder.
-    result = Result(args, [one.name for one in contenders], rows, replies, verdicts)
+    result = Result(args, [one.name for one in contenders], rows, replies, verdicts, measured)
     result.write(folder, turns)
     work = {
         "replies_sampled": dict(now.sampled),
@@ -646,6 +569,7 @@ class Result:
     rows: list[Row]
     replies: dict[str, list[str]]  # model: a reply a prompt
     verdicts: dict[str, torch.Tensor]  # judge: (N, M, M) p(row ≻ column)
+    measured: dict[str, dict]  # judge: what its own measure says of each model's replies
 
     def write(self, folder: Path, turns: dict[str, list[dict]]) -> None:
         """Answers, preferences, benchmark files. `turns` are MT-Bench's, for each model."""
@@ -662,8 +586,8 @@ class Result:
             if self.args.benchmark == "alpaca_eval":
                 outputs = alpaca_outputs(name, self.rows, self.replies[name])
                 write(folder / "alpaca_eval" / f"{slug(name)}.json", json.dumps(outputs, indent=1))
-            if turns:
-                write_lines(folder / "mt_bench" / "model_answer" / f"{slug(name)}.jsonl", turns[name])
+            if name in turns:
+                write_lines(folder / MODEL_ANSWERS / f"{slug(name)}.jsonl", turns[name])
         tables = {spec: values.tolist() for spec, values in self.verdicts.items()}
         lines = [
             {
@@ -675,10 +599,16 @@ class Result:
             for i, row in enumerate(self.rows)
         ]
         write_lines(folder / "comparisons.jsonl", lines)
+        if turns:
+            write(
+                folder / MODEL_ANSWERS.parent / "question.jsonl", Path(self.args.dataset).read_text("utf-8")
+            )
 
     def finish(self, folder: Path, work: dict) -> None:
         """comparison.json, comparison.md, report.html, and the tables on the screen."""
         judges = {spec: pool(self.models, values) for spec, values in self.verdicts.items()}
+        for spec, told in self.measured.items():
+            judges[spec]["measured"] = told
         if self.args.benchmark == "alpaca_eval":
             for spec, values in self.verdicts.items():
                 judges[spec]["length_controlled"] = self.against_first(folder, spec, values)
@@ -700,14 +630,12 @@ class Result:
             print(printed(comparison))
         write(folder / "comparison.json", json.dumps(comparison, indent=1))
         sampled, asked = sum(work["replies_sampled"].values()), sum(work["judge_asked"].values())
-        print(
-            f"\n{sampled} replies sampled, {asked} questions to judges; the rest was kept. {work['seconds']} s"
-        )
+        print(f"\n{sampled} replies sampled, {asked} questions asked; the rest was kept. {work['seconds']} s")
         print(f"all of it in {folder}/" + (" (open report.html)" if judges else ""))
 
     def against_first(self, folder: Path, spec: str, values: torch.Tensor) -> dict | None:
-        """AlpacaEval's annotations of each model against the first one, written; and what its own code makes of
-        them, if that was asked for."""
+        """AlpacaEval's annotations of each model against the first one, written; and what its own code makes
+        of them, if that was asked for."""
         told = {}
         for column, name in enumerate(self.models[1:], 1):
             names = (self.models[0], name)
@@ -721,8 +649,8 @@ class Result:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all; its folder is made. A lone surrogate, which JSON allows
-    and UTF-8 does not, becomes its escape."""
+    """Write a text file that appears whole or not at all; its folder is made. A lone surrogate, which JSON
+    allows and UTF-8 does not, becomes its escape."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.new")
     new.write_bytes((text.rstrip("\n") + "\n").encode("utf-8", "backslashreplace"))

@@ -1,16 +1,18 @@
-"""Five trained policies in one pool: who beats whom under a judge that no scalar can express, and what mixture of
-them nobody beats.
+"""Five trained policies in one pool: who beats whom under a judge that no scalar can express, and what
+mixture of them nobody beats.
 
-    python benchmark/pool.py            # trains SELM, IPO-MD, Nash-MD, online DPO and RLHF, then evaluates them
+    python benchmark/pool.py        # trains SELM, IPO-MD, Nash-MD, online DPO and RLHF, then evaluates them
 
-The task, the starting model and the flags are those of `benchmark/compare.py cycle`, with fewer steps. RLHF learns
-from the scalar in results/cycle_reward.json, which that study fitted to the judge. Runs go to --run-dir, --jobs at
-a time with one thread each, and are reused if finished there; benchmark/results/pool.json keeps each run's command,
-commit, seed and versions and the whole comparison, pool.md the tables.
+The task, the starting model and the flags are those of `benchmark/compare.py cycle`, with fewer steps. RLHF
+learns from the scalar in results/cycle_reward.json, which that study fitted to the judge. Runs go to
+--run-dir, --jobs at a time with one thread each, and are reused if finished there;
+benchmark/results/pool.json keeps each run's command, commit, seed and versions and the whole comparison,
+pool.md the tables.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +24,8 @@ import record
 import tyro
 from compare import CYCLE, PREPARE
 
+ORIGIN = ("git_commit", "git_dirty", "versions", "device_name")
+TITLES = {"pool": "Five policies", "pool-and-start": "With the starting model"}
 START = "cycle-sft"  # the name of the run that makes the starting model
 SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
 POLICIES = {  # run name: its command. SELM has no --tau; its β stays at the script's .1
@@ -34,13 +38,13 @@ POLICIES = {  # run name: its command. SELM has no --tau; its β stays at the sc
 
 
 def main(
-    steps: int = 24, seed: int = 1, jobs: int = 2, run_dir: str = "runs/pool", train_only: bool = False
+    steps: int = 24, prompts: int = 256, jobs: int = 2, run_dir: str = "runs/pool", train_only: bool = False
 ) -> None:
     """Train the pool, compare it, write results/pool.json and pool.md.
 
     Args:
         steps: optimiser steps of each policy.
-        seed: of each policy's run.
+        prompts: held-out prompts of the comparison.
         jobs: runs at once, each with one thread.
         run_dir: where the run folders go; finished ones are reused.
         train_only: end before the comparison.
@@ -54,7 +58,7 @@ def main(
     def train(name: str) -> None:
         words = POLICIES[name].format(run_dir=folder)
         # of a flag given twice the last holds; their own evaluation is small, as the comparison follows
-        words += f" --max-steps {steps} --eval-prompts 32 --seed {seed} --save-every 0"
+        words += f" --max-steps {steps} --eval-prompts 32 --seed 1 --save-every 0"
         words += f" --run-dir {folder} --run-name {name}"
         if not (folder / name / "summary.json").exists():
             start(words, folder / f"{name}.log")
@@ -63,6 +67,44 @@ def main(
         list(pool.map(train, POLICIES))
     if train_only:
         return
+
+    comparisons = {}
+    for name, members in {"pool": list(POLICIES), "pool-and-start": [*POLICIES, START]}.items():
+        if not (folder / name / "comparison.json").exists():
+            words = " ".join(str(folder / member) for member in members)
+            flags = f"--judge cycle --dataset chitchat --eval-prompts {prompts}"
+            start(f"evaluate.py {words} {flags} --run-dir {folder} --run-name {name}", folder / f"{name}.log")
+        comparisons[name] = json.loads((folder / name / "comparison.json").read_text())
+    runs = [of_run(folder / name) for name in (START, *POLICIES)]
+    evaluated = record.of_run(folder / "pool")
+    evaluated = {key: evaluated[key] for key in ORIGIN}
+    result = {"command": record.command(), "runs": runs, "evaluated": evaluated, **comparisons}
+    record.write(record.RESULTS / "pool.json", result)
+    text = "".join(
+        f"# {TITLES[name]}\n\n{tables(folder / name, comparisons[name])}\n" for name in comparisons
+    )
+    (record.RESULTS / "pool.md").write_text(text)
+    print(text)
+
+
+def of_run(folder: Path) -> dict:
+    """Where a policy came from: its command's values that matter, commit, seed, and its own summary."""
+    origin = record.of_run(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    kept = {key: summary.get(key) for key in ("win_rate", "win_rate_interval", "kl", "steps", "seconds")}
+    where = {key: origin[key] for key in ORIGIN}
+    return {"name": folder.name, "script": origin["script"], "args": origin["args"], **where, "summary": kept}
+
+
+def tables(folder: Path, comparison: dict) -> str:
+    """A comparison's Markdown, and the styles of its models' replies, of which the judge sees nothing else."""
+    measured = comparison["judges"]["cycle"]["measured"]
+    names = list(next(iter(measured.values())))
+    lines = ["| share of replies | " + " | ".join(name.removeprefix("style/") for name in names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for model, values in measured.items():
+        lines.append(f"| {model} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+    return (folder / "comparison.md").read_text() + "\n" + "\n".join(lines) + "\n"
 
 
 def start(command: str, log: Path) -> None:

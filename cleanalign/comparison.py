@@ -9,10 +9,8 @@ from cleanalign.games import exploitability, mixture_exploitability, nash
 from cleanalign.statistics import win_rate_interval
 
 RESAMPLES = 2000  # of the prompts, for the intervals of a pool's table
-NASH_RESAMPLES, NASH_MODELS = (
-    500,
-    12,
-)  # for those of its mixture, up to so many models: each is a linear program
+# for those of its mixture, up to so many models: each is a linear program
+NASH_RESAMPLES, NASH_MODELS = 500, 12
 
 
 def versus(preferences: list[float]) -> dict:
@@ -30,11 +28,11 @@ def versus(preferences: list[float]) -> dict:
 def pool(models: list[str], preferences: torch.Tensor) -> dict:
     """A pool's table, ranking and equilibrium from (N, M, M) p(row ≻ column) of N prompts and M models.
 
-    Intervals are 95 % percentiles of a bootstrap over prompts with a fixed seed: all figures of a resample come
-    from the same prompts. Keys, aligned with `models` where they are lists: `preference` (mean p), `interval`,
-    `win_rate`, `tie_rate`: matrices; `score`, the mean preference against the others, and `score_interval`;
-    `ranking`, names by score; `nash`, `nash_unique`, `nash_interval` (None beyond `NASH_MODELS` models),
-    `nash_exploitability`; `exploitability` and `best_response`, who exploits most.
+    Intervals are 95 % percentiles of a bootstrap over prompts with a fixed seed: all figures of a resample
+    come from the same prompts. Keys, aligned with `models` where they are lists: `preference` (mean p),
+    `interval`, `win_rate`, `tie_rate`: matrices; `score`, the mean preference against the others, and
+    `score_interval`; `ranking`, names by score; `nash`, `nash_unique`, `nash_interval` (None beyond
+    `NASH_MODELS` models), `nash_exploitability`; `exploitability` and `best_response`, who exploits most.
     """
     values = preferences.double()
     N, M, _ = values.shape

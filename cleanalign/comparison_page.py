@@ -1,7 +1,8 @@
 """A comparison as one HTML file: tables, plots and all replies side by side, readable without a network.
 
-Replies are hostile: nothing of them is ever HTML. They lie in a JSON block in which no `<` stands, reach the page
-as text nodes only, and the page's policy runs no script but its own, known by its hash, and fetches nothing.
+Replies are hostile: nothing of them is ever HTML. They lie in a JSON block in which no `<` stands, reach the
+page as text nodes only, and the page's policy runs no script but its own, known by its hash, and fetches
+nothing.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ td button[aria-pressed=true] { outline: 3px solid var(--ink); outline-offset: -3
 :focus-visible { outline: 3px solid var(--link); outline-offset: 1px; }
 table.ranking td, table.ranking th { border-bottom: 1px solid var(--line); padding: .3rem .8rem; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: end;
-       padding: .7rem 0; background: #fff; border-bottom: 1px solid var(--line); }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .6rem 1rem;
+       align-items: end; padding: .7rem 0; background: #fff; border-bottom: 1px solid var(--line); }
 label { display: grid; gap: .1rem; font-size: .8rem; color: var(--faint); }
 select, input { font: inherit; font-size: .95rem; padding: .3rem .4rem; border: 1px solid #8c959f;
                 border-radius: 5px; color: var(--ink); background: #fff; max-width: 17rem; }
 input { width: 17rem; }
 article { padding: .9rem 0 1rem; border-bottom: 1px solid var(--line); scroll-margin-top: 5rem; }
 article:focus-visible { outline-offset: 4px; }
-.prompt { font-weight: 600; } .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem; margin-top: .5rem; }
+.prompt { font-weight: 600; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem; margin-top: .5rem; }
 .prompt, .reply { white-space: pre-wrap; overflow-wrap: anywhere; }
-.reply { border-left: 4px solid var(--line); padding-left: .7rem; } .reply.won { border-color: #2166ac; }
-.reply.lost { border-color: #d6604d; } .who { font-size: .8rem; color: var(--faint); }
-.bar { height: 7px; margin-top: .5rem; background: #d6604d; border-radius: 4px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: #2166ac; }
-mark { background: #fff1a8; color: inherit; }
-button.more { margin: 1rem 0; padding: .45rem 1rem; font: inherit; border: 1px solid #8c959f; border-radius: 5px;
-              background: #f6f8fa; cursor: pointer; }
+.reply { max-height: 24rem; overflow-y: auto; border-left: 4px solid var(--line); padding-left: .7rem; }
+.reply.won { border-color: #2166ac; } .reply.lost { border-color: #d6604d; } .who { font-size: .8rem; color:
+var(--faint); } .bar { height: 7px; margin-top: .5rem; background: #d6604d; border-radius: 4px; overflow:
+hidden; } .bar i { display: block; height: 100%; background: #2166ac; } mark { background: #fff1a8; color:
+inherit; } button.more { margin: 1rem 0; padding: .45rem 1rem; font: inherit; border: 1px solid #8c959f;
+              border-radius: 5px; background: #f6f8fa; cursor: pointer; }
 @media (max-width: 45rem) { .sides { grid-template-columns: 1fr; } form { position: static; } }
 """
 
@@ -65,7 +66,11 @@ function element(kind, name, text) {
   return made;
 }
 function fill(select, names) {
-  names.forEach((name, i) => { const option = element("option", "", name); option.value = i; select.append(option); });
+  names.forEach((name, i) => {
+    const option = element("option", "", name);
+    option.value = i;
+    select.append(option);
+  });
 }
 function marked(parent, text) {  // the text with what is searched for marked; text nodes only
   const query = state.query.toLowerCase(), low = text.toLowerCase();
@@ -82,10 +87,15 @@ function marked(parent, text) {  // the text with what is searched for marked; t
 const preference = i => data.preference[state.judge][i][state.a][state.b];
 function found() {
   const query = state.query.toLowerCase(), { a, b } = state;
-  const has = i => [data.prompts[i], data.replies[i][a], data.replies[i][b]].some(t => t.toLowerCase().includes(query));
+  const texts = i => [data.prompts[i], data.replies[i][a], data.replies[i][b]];
+  const has = i => texts(i).some(text => text.toLowerCase().includes(query));
   const rows = data.prompts.map((_, i) => i).filter(i => !query || has(i));
-  const order = { a: i => -preference(i), b: i => preference(i), tie: i => Math.abs(preference(i) - 0.5), file: i => i };
-  const by = order[state.sort];
+  const by = {
+    a: i => -preference(i),
+    b: preference,
+    tie: i => Math.abs(preference(i) - 0.5),
+    file: i => i,
+  }[state.sort];
   return rows.sort((i, j) => by(i) - by(j) || i - j);
 }
 function card(i) {
@@ -101,7 +111,8 @@ function card(i) {
   bar.setAttribute("aria-label", "p = " + p.toFixed(3));
   const sides = element("div", "sides");
   for (const [model, q] of [[state.a, p], [state.b, 1 - p]]) {
-    const side = element("div"), reply = element("div", "reply" + (q > 0.5 ? " won" : q < 0.5 ? " lost" : ""));
+    const side = element("div"), fate = q > 0.5 ? " won" : q < 0.5 ? " lost" : "";
+    const reply = element("div", "reply" + fate);
     reply.dir = "auto";
     marked(reply, data.replies[i][model]);
     if (!data.replies[i][model]) reply.append(element("span", "faint", "(empty)"));
@@ -121,14 +132,16 @@ function show(keep) {
   for (const name of ["judge", "a", "b", "sort"]) pick(name).value = state[name];
   if (pick("query").value !== state.query) pick("query").value = state.query;
   for (const cell of document.querySelectorAll("td button")) {
-    const on = +cell.dataset.judge === state.judge && +cell.dataset.a === state.a && +cell.dataset.b === state.b;
+    const on = ["judge", "a", "b"].every(name => +cell.dataset[name] === state[name]);
     cell.setAttribute("aria-pressed", on);
   }
   const words = new URLSearchParams();
   for (const name of ["judge", "a", "b"]) words.set(name, state[name]);
   words.set("sort", state.sort);
   if (state.query) words.set("q", state.query);
-  try { history.replaceState(null, "", "#" + words); } catch (error) { /* some browsers refuse it for files */ }
+  try {
+    history.replaceState(null, "", "#" + words);
+  } catch (error) { /* some browsers refuse it for files */ }
 }
 function read() {  // the page's address drives it: a view can be sent to somebody
   const words = new URLSearchParams(location.hash.slice(1));
@@ -160,9 +173,9 @@ for (const cell of document.querySelectorAll("td button")) {
 }
 addEventListener("hashchange", read);
 document.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName)) return;
   const cards = [...document.querySelectorAll("article")], at = cards.indexOf(document.activeElement);
-  const next = { j: at + 1, ArrowDown: at >= 0 ? at + 1 : -1, k: at - 1, ArrowUp: at >= 0 ? at - 1 : -1 }[event.key];
+  const next = { j: at + 1, k: at - 1 }[event.key];
   if (event.key === "/") { event.preventDefault(); pick("query").focus(); }
   else if (cards[next]) { event.preventDefault(); cards[next].focus(); }
 });
@@ -172,7 +185,8 @@ document.documentElement.dataset.ready = "yes";
 
 
 def page(comparison: dict, prompts: list[str], replies: list[list[str]], tables: dict[str, list]) -> str:
-    """The page. `replies` are [prompt][model]; `tables` hold p(row ≻ column), [prompt][row][column], by judge."""
+    """The page. `replies` are [prompt][model]; `tables` hold p(row ≻ column), [prompt][row][column], by
+    judge."""
     models, judges = comparison["models"], comparison["judges"]
     sections = [section(comparison, number, judge, judges[judge]) for number, judge in enumerate(judges)]
     data = {
@@ -183,7 +197,8 @@ def page(comparison: dict, prompts: list[str], replies: list[list[str]], tables:
         "preference": [rounded(table) for table in tables.values()],
     }
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    own = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
+    policy = f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
     title = f"{len(models)} models, {comparison['prompts']} prompts"
     return f"""<!doctype html>
 <html lang="en">
@@ -204,13 +219,14 @@ def page(comparison: dict, prompts: list[str], replies: list[list[str]], tables:
 <label>judge <select id="judge"></select></label>
 <label>model a <select id="a"></select></label>
 <label>model b <select id="b"></select></label>
-<label>order <select id="sort"><option value="a">a preferred most</option><option value="b">b preferred most</option>
+<label>order <select id="sort">
+<option value="a">a preferred most</option><option value="b">b preferred most</option>
 <option value="tie">closest to a tie</option><option value="file">as in the file</option></select></label>
 <label>search <input id="query" type="search" placeholder="in prompt and replies" autocomplete="off"></label>
 <span id="count" class="faint" role="status"></span>
 </form>
-<p class="faint">Keys: <kbd>/</kbd> search, <kbd>j</kbd> and <kbd>k</kbd> next and previous. A cell of the table picks
-its pair. Blue: preferred, red: not.</p>
+<p class="faint">Keys: <kbd>/</kbd> search, <kbd>j</kbd> and <kbd>k</kbd> next and previous. A cell of the
+table picks its pair. Blue: preferred, red: not.</p>
 <div id="list"></div>
 <button id="more" class="more" type="button" hidden>Show more</button>
 <noscript><p>The replies need JavaScript; they also lie in comparisons.jsonl beside this page.</p></noscript>
@@ -263,10 +279,11 @@ def table_cell(models: list[str], number: int, result: dict, pair: tuple[int, in
     p, (low, high) = result["preference"][i][j], result["interval"][i][j]
     label = f"{models[i]} against {models[j]}: {p:.3f}, between {low:.3f} and {high:.3f}; show the replies"
     back, ink = heat(p)
+    pair_data = f'data-judge="{number}" data-a="{i}" data-b="{j}"'
     return (
-        f'<td style="background:{back};color:{ink}"><button type="button" data-judge="{number}" data-a="{i}" '
-        f'data-b="{j}" aria-pressed="false" aria-label="{escaped(label)}">{p:.3f}<small>{low:.3f} – {high:.3f}</small>'
-        "</button></td>"
+        f'<td style="background:{back};color:{ink}">'
+        f'<button type="button" {pair_data} aria-pressed="false" aria-label="{escaped(label)}">'
+        f"{p:.3f}<small>{low:.3f} – {high:.3f}</small></button></td>"
     )
 
 
@@ -295,7 +312,7 @@ PANELS = (  # (title, key, key of intervals, right end of the axis)
 
 def plot(models: list[str], result: dict) -> str:
     """Three panels, a line a model, in the order of the ranking."""
-    left, width, gap, line = 8 * min(26, max(map(len, models))) + 20, 250, 34, 26
+    left, width, gap, line = 8 * min(26, max(map(len, models))) + 20, 230, 64, 26
     order = [models.index(name) for name in result["ranking"]]
     height = 30 + line * len(order) + 26
     parts = []
@@ -324,10 +341,10 @@ def plot(models: list[str], result: dict) -> str:
                 whisker = (
                     f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}" stroke="#1b1f24" stroke-width="2"/>'
                 )
-            parts.append(f"<g><title>{escaped(told)}</title>{bar}{whisker}</g>")
+            after = start + max([value, *(bounds or [])]) * scale + 6
+            figure = f'<text x="{after:.1f}" y="{y + 5}">{value:.3f}</text>'
+            parts.append(f"<g><title>{escaped(told)}</title>{bar}{whisker}{figure}</g>")
     total = left + len(PANELS) * (width + gap)
     label = "Ranking, Nash mixture and exploitability"
-    return (
-        f'<svg width="{total}" height="{height}" viewBox="0 0 {total} {height}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>"
-    )
+    size = f'width="{total}" height="{height}" viewBox="0 0 {total} {height}"'
+    return f'<svg {size} role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -71,9 +71,8 @@ def markdown(comparison: dict) -> str:
         lines += ["", mixture(comparison, result) + ".", ""]
         for name, told in (result.get("length_controlled") or {}).items():
             controlled, plain = told["length_controlled_winrate"], told["win_rate"]
-            lines.append(
-                f"{cell(name)} against {cell(models[0])}: {controlled:.1f} % length-controlled, {plain:.1f} % plain."
-            )
+            sides, both = f"{cell(name)} against {cell(models[0])}", f"{controlled:.1f} % length-controlled"
+            lines.append(f"{sides}: {both}, {plain:.1f} % plain, by alpaca_eval.")
     lines.append("Brackets: 95 % bootstrap over prompts.")
     return "\n".join(lines) + "\n"
 

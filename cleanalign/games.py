@@ -1,4 +1,5 @@
-"""The game of a pool: two players each send a model, and whose reply is preferred wins. Its equilibrium, exactly."""
+"""The game of a pool: two players each send a model, and whose reply is preferred wins. Its equilibrium,
+exactly."""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ class _Simplex:
         self.allowed = list(range(2 * self.models))
 
     def maximise(self, objective: list[int]) -> None:
-        """Pivot until no allowed variable gains. Bland's rule, the first that gains for the first that blocks,
-        cannot go round in circles."""
+        """Pivot until no allowed variable gains. Bland's rule, the first that gains for the first that
+        blocks, cannot go round in circles."""
         while gaining := [column for column in self.allowed if objective[column] > 0]:
             column = gaining[0]
             blocking = [i for i, row in enumerate(self.rows) if row[column] > 0]
