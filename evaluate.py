@@ -55,7 +55,7 @@ from cleanalign.benchmarks import (
 )
 from cleanalign.comparison import pool
 from cleanalign.comparison_page import page
-from cleanalign.comparison_text import markdown, printed
+from cleanalign.comparison_text import length_controlled, markdown, printed
 from cleanalign.data import Row, bare, load_file, load_rows, prompt_text, report_dropped
 from cleanalign.embedded import EMBEDDED_MODEL
 from cleanalign.errors import UserError, near, require
@@ -609,31 +609,31 @@ class Result:
         judges = {spec: pool(self.models, values) for spec, values in self.verdicts.items()}
         for spec, told in self.measured.items():
             judges[spec]["measured"] = told
-        if self.args.benchmark == "alpaca_eval":
-            for spec, values in self.verdicts.items():
-                judges[spec]["length_controlled"] = self.against_first(folder, spec, values)
-        first = next(iter(judges), None)
-        comparison = {
-            "models": self.models,
-            "judge": first,
-            "prompts": len(self.rows),
-            **judges.get(first, {}),
-            "judges": judges,
-            **work,
-        }
+        self.write_tables(folder, judges, work)
         if judges:
             samples = [[self.replies[name][i] for name in self.models] for i in range(len(self.rows))]
             prompts = [prompt_text(row.prompt) for row in self.rows]
             tables = {spec: values.tolist() for spec, values in self.verdicts.items()}
-            write(folder / "comparison.md", markdown(comparison))
-            write(folder / "report.html", page(comparison, prompts, samples, tables))
-            print(printed(comparison))
-        write(folder / "comparison.json", json.dumps(comparison, indent=1))
+            write(folder / "report.html", page(self.models, judges, (prompts, samples, tables)))
+            print(printed(self.models, judges, len(self.rows)))
         sampled, asked = sum(work["replies_sampled"].values()), sum(work["judge_asked"].values())
         print(f"\n{sampled} replies sampled, {asked} questions asked; the rest was kept. {work['seconds']} s")
-        print(f"all of it in {folder}/" + (" (open report.html)" if judges else ""))
+        print(f"all of it in {folder}/" + (" (open report.html)" if judges else ""), flush=True)
+        if self.args.benchmark == "alpaca_eval" and judges:  # last: another package, which may want the hub
+            for spec, values in self.verdicts.items():
+                judges[spec]["length_controlled"] = self.against_first(folder, spec, values)
+            self.write_tables(folder, judges, work)
 
-    def against_first(self, folder: Path, spec: str, values: torch.Tensor) -> dict | None:
+    def write_tables(self, folder: Path, judges: dict[str, dict], work: dict) -> None:
+        """comparison.json, in which the first judge's figures stand at the top too, and comparison.md."""
+        first = next(iter(judges), None)
+        facts = {"models": self.models, "judge": first, "prompts": len(self.rows)}
+        comparison = {**facts, **judges.get(first, {}), "judges": judges, **work}
+        write(folder / "comparison.json", json.dumps(comparison, indent=1))
+        if judges:
+            write(folder / "comparison.md", markdown(self.models, judges, len(self.rows)))
+
+    def against_first(self, folder: Path, spec: str, values: torch.Tensor) -> dict[str, dict]:
         """AlpacaEval's annotations of each model against the first one, written; and what its own code makes
         of them, if that was asked for."""
         told = {}
@@ -645,7 +645,8 @@ class Result:
             write(file, json.dumps(annotations, indent=1))
             if self.args.length_controlled:
                 told[name] = length_controlled_win_rate(annotations)
-        return told or None
+                print(f"{length_controlled(names, told[name])}, judge {spec}", flush=True)
+        return told
 
 
 def write(file: Path, text: str) -> None:

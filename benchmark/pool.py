@@ -3,9 +3,9 @@ mixture of them nobody beats.
 
     python benchmark/pool.py        # trains SELM, IPO-MD, Nash-MD, online DPO and RLHF, then evaluates them
 
-The task, the starting model and the flags are those of `benchmark/compare.py cycle`, with fewer steps. RLHF
-learns from the scalar in results/cycle_reward.json, which that study fitted to the judge. Runs go to
---run-dir, --jobs at a time with one thread each, and are reused if finished there;
+The task, the starting model and the flags are those of `benchmark/compare.py cycle`, with fewer and smaller
+steps. RLHF learns from the scalar in results/cycle_reward.json, which that study fitted to the judge. Runs go
+to --run-dir, --jobs at a time with one thread each, and are reused if finished there and resumed if begun;
 benchmark/results/pool.json keeps each run's command, commit, seed and versions and the whole comparison,
 pool.md the tables.
 """
@@ -44,6 +44,7 @@ def main(
 
     Args:
         steps: optimiser steps of each policy.
+        batch_size: prompts (SELM: pairs) in a step.
         prompts: held-out prompts of the comparison.
         jobs: runs at once, each with one thread.
         run_dir: where the run folders go; finished ones are reused.
@@ -56,12 +57,15 @@ def main(
         start(command.format(run_dir=folder), folder / f"{START}.log")
 
     def train(name: str) -> None:
+        if (folder / name / "summary.json").exists():
+            return
         words = POLICIES[name].format(run_dir=folder)
         # of a flag given twice the last holds; their own evaluation is small, as the comparison follows
-        words += f" --max-steps {steps} --eval-prompts 32 --seed 1 --save-every 0"
+        words += f" --max-steps {steps} --batch-size {batch_size} --eval-prompts 32 --seed 1 --save-every 6"
         words += f" --run-dir {folder} --run-name {name}"
-        if not (folder / name / "summary.json").exists():
-            start(words, folder / f"{name}.log")
+        if (folder / name).exists():  # begun and killed
+            words = f"{words.split()[0]} --resume {folder / name}"
+        start(words, folder / f"{name}.log")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, POLICIES))
@@ -97,7 +101,8 @@ def of_run(folder: Path) -> dict:
 
 
 def tables(folder: Path, comparison: dict) -> str:
-    """A comparison's Markdown, and the styles of its models' replies, of which the judge sees nothing else."""
+    """A comparison's Markdown, and the styles of its models' replies, of which the judge sees nothing
+    else."""
     measured = comparison["judges"]["cycle"]["measured"]
     names = list(next(iter(measured.values())))
     lines = ["| share of replies | " + " | ".join(name.removeprefix("style/") for name in names) + " |"]
@@ -110,7 +115,7 @@ def tables(folder: Path, comparison: dict) -> str:
 def start(command: str, log: Path) -> None:
     """Run one of the scripts on one thread; its output goes to `log`. Ends the program if it fails."""
     began = time.perf_counter()
-    with open(log, "w") as lines:
+    with open(log, "a") as lines:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         words = [sys.executable, *command.split()]
         done = subprocess.run(

@@ -184,22 +184,22 @@ document.documentElement.dataset.ready = "yes";
 """
 
 
-def page(comparison: dict, prompts: list[str], replies: list[list[str]], tables: dict[str, list]) -> str:
-    """The page. `replies` are [prompt][model]; `tables` hold p(row ≻ column), [prompt][row][column], by
-    judge."""
-    models, judges = comparison["models"], comparison["judges"]
-    sections = [section(comparison, number, judge, judges[judge]) for number, judge in enumerate(judges)]
+def page(models: list[str], judges: dict[str, dict], replies: tuple[list, list, dict]) -> str:
+    """The page. `judges` hold what `comparison.pool` returns; `replies` are the prompts, replies
+    [prompt][model], and of each judge p(row ≻ column), [prompt][row][column]."""
+    prompts, texts, tables = replies
+    sections = [section(models, number, judge, judges[judge]) for number, judge in enumerate(judges)]
     data = {
         "models": models,
         "judges": list(judges),
         "prompts": prompts,
-        "replies": replies,
+        "replies": texts,
         "preference": [rounded(table) for table in tables.values()],
     }
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     own = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
     policy = f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
-    title = f"{len(models)} models, {comparison['prompts']} prompts"
+    title = f"{len(models)} models, {len(prompts)} prompts"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -254,9 +254,8 @@ def rounded(table: list) -> list:
     return [rounded(part) for part in table] if isinstance(table, list) else round(table, 4)
 
 
-def section(comparison: dict, number: int, judge: str, result: dict) -> str:
+def section(models: list[str], number: int, judge: str, result: dict) -> str:
     """One judge's table and plot."""
-    models = comparison["models"]
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in models)
     rows = []
     for i, name in enumerate(models):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 
-def printed(comparison: dict) -> str:
-    """Every judge's table and ranking, for a terminal."""
+def printed(models: list[str], judges: dict[str, dict], prompts: int) -> str:
+    """Every judge's table and ranking, for a terminal. `judges` hold what `comparison.pool` returns."""
     blocks = []
-    for judge, result in comparison["judges"].items():
-        models = comparison["models"]
+    for judge, result in judges.items():
         width = max(9, *(len(name) for name in models))
         head = " ".join(f"{name[:9]:>9}" for name in models)
-        lines = [
-            f"\np(row ≻ column), judge {judge}, {comparison['prompts']} prompts",
-            f"{'':{width}}  {head}",
-        ]
+        lines = [f"\np(row ≻ column), judge {judge}, {prompts} prompts", f"{'':{width}}  {head}"]
         for name, row in zip(models, result["preference"], strict=True):
             lines.append(f"{name:{width}}  " + " ".join(f"{p:9.3f}" for p in row))
         lines.append(f"\n{'':{width}}  against the others     Nash  exploitability, by whom")
@@ -23,7 +19,7 @@ def printed(comparison: dict) -> str:
             score = f"{result['score'][i]:.3f}  [{low:.3f}, {high:.3f}]"
             exploited = f"{result['exploitability'][i]:.3f}" + by_whom(result, name, i)
             lines.append(f"{name:{width}}  {score}  {result['nash'][i]:7.3f}  {exploited}")
-        blocks.append("\n".join([*lines, mixture(comparison, result)]))
+        blocks.append("\n".join([*lines, mixture(models, result)]))
     return "\n".join(blocks)
 
 
@@ -33,21 +29,20 @@ def by_whom(result: dict, name: str, model: int) -> str:
     return f"  {best}" if best != name and result["exploitability"][model] > 0 else ""
 
 
-def mixture(comparison: dict, result: dict) -> str:
+def mixture(models: list[str], result: dict) -> str:
     """The Nash mixture in a sentence."""
-    shares = sorted(zip(result["nash"], comparison["models"], strict=True), reverse=True)
+    shares = sorted(zip(result["nash"], models, strict=True), reverse=True)
     told = ", ".join(f"{share:.3f} {name}" for share, name in shares if share > 0)
     if not result["nash_unique"]:
         return f"Nash mixture: {told} (one of several: some models tie)"
     return f"Nash mixture: {told}"
 
 
-def markdown(comparison: dict) -> str:
-    """Every judge's table with intervals, and its ranking."""
+def markdown(models: list[str], judges: dict[str, dict], prompts: int) -> str:
+    """Every judge's table with intervals, and its ranking. `judges` hold what `comparison.pool` returns."""
     lines = []
-    models = comparison["models"]
-    for judge, result in comparison["judges"].items():
-        lines += [f"## Judge {cell(judge)}, {comparison['prompts']} prompts", ""]
+    for judge, result in judges.items():
+        lines += [f"## Judge {cell(judge)}, {prompts} prompts", ""]
         lines += [
             "| p(row ≻ column) | " + " | ".join(map(cell, models)) + " |",
             "|---" * (len(models) + 1) + "|",
@@ -68,13 +63,18 @@ def markdown(comparison: dict) -> str:
             columns = [shown(result["score"][i], result["score_interval"][i]), share(result, i)]
             columns += [f"{result['exploitability'][i]:.3f}", cell(by_whom(result, name, i).strip() or "–")]
             lines.append(f"| {cell(name)} | " + " | ".join(columns) + " |")
-        lines += ["", mixture(comparison, result) + ".", ""]
+        lines += ["", mixture(models, result) + ".", ""]
         for name, told in (result.get("length_controlled") or {}).items():
-            controlled, plain = told["length_controlled_winrate"], told["win_rate"]
-            sides, both = f"{cell(name)} against {cell(models[0])}", f"{controlled:.1f} % length-controlled"
-            lines.append(f"{sides}: {both}, {plain:.1f} % plain, by alpaca_eval.")
+            lines += [cell(length_controlled((models[0], name), told)) + ".", ""]
     lines.append("Brackets: 95 % bootstrap over prompts.")
     return "\n".join(lines) + "\n"
+
+
+def length_controlled(names: tuple[str, str], told: dict) -> str:
+    """What alpaca_eval says of a model, the second of `names`, against the first."""
+    controlled, plain = told["length_controlled_winrate"], told["win_rate"]
+    rates = f"{controlled:.1f} % length-controlled, {plain:.1f} % plain"
+    return f"{names[1]} against {names[0]}: {rates}, by alpaca_eval"
 
 
 def shown(value: float, bounds: list[float], same: bool = False) -> str:

@@ -429,6 +429,7 @@ def test_length_controlled_asks_the_package_or_says_what_is_missing(tmp_path, st
         assert "cleanalign[alpaca]" in stop(*files, *words)
     else:
         assert "alpaca_eval ended with" in stop(*files, *words)  # one row, or no hub
+    assert json.loads((tmp_path / "x" / "comparison.json").read_text())["prompts"] == 1  # all else is there
 
 
 # --- the page ---
@@ -440,9 +441,9 @@ def hostile_page(tmp_path) -> Path:
     p[:, 1, 0] = 1 - p[:, 0, 1]
     names = ["a<b>&\"'", "z</title>"]
     told = pool(names, p)
-    comparison = {"models": names, "judge": "j</h2>", "prompts": 3, **told, "judges": {"j</h2>": told}}
     replies = [[HOSTILE, "plain needle"], ["second", HOSTILE], ["third", ""]]
-    text = page(comparison, ["first " + HOSTILE, "two", "three"], replies, {"j</h2>": p.tolist()})
+    prompts = ["first " + HOSTILE, "two", "three"]
+    text = page(names, {"j</h2>": told}, (prompts, replies, {"j</h2>": p.tolist()}))
     file = tmp_path / "report.html"
     file.write_text(text, encoding="utf-8")
     return file
