@@ -24,6 +24,7 @@ import record
 import tyro
 from compare import CYCLE, PREPARE
 
+BATCH_SIZE = 8  # prompts (SELM: pairs) in a step; the study takes 12
 ORIGIN = ("git_commit", "git_dirty", "versions", "device_name")
 TITLES = {"pool": "Five policies", "pool-and-start": "With the starting model"}
 START = "cycle-sft"  # the name of the run that makes the starting model
@@ -44,7 +45,6 @@ def main(
 
     Args:
         steps: optimiser steps of each policy.
-        batch_size: prompts (SELM: pairs) in a step.
         prompts: held-out prompts of the comparison.
         jobs: runs at once, each with one thread.
         run_dir: where the run folders go; finished ones are reused.
@@ -61,7 +61,7 @@ def main(
             return
         words = POLICIES[name].format(run_dir=folder)
         # of a flag given twice the last holds; their own evaluation is small, as the comparison follows
-        words += f" --max-steps {steps} --batch-size {batch_size} --eval-prompts 32 --seed 1 --save-every 6"
+        words += f" --max-steps {steps} --batch-size {BATCH_SIZE} --eval-prompts 32 --seed 1 --save-every 6"
         words += f" --run-dir {folder} --run-name {name}"
         if (folder / name).exists():  # begun and killed
             words = f"{words.split()[0]} --resume {folder / name}"
