@@ -667,7 +667,22 @@ def parse(argv: list[str]) -> Args:
     """Args from flags over what --benchmark sets."""
     chosen = [word for flag, word in zip(argv, argv[1:]) if flag == "--benchmark"]
     chosen += [word.partition("=")[2] for word in argv if word.startswith("--benchmark=")]
-    return tyro.cli(Args, default=BENCHMARKS.get(chosen[-1] if chosen else "none", Args()), args=argv)
+    default = BENCHMARKS.get(chosen[-1] if chosen else "none", Args())
+    return tyro.cli(Args, default=default, args=models_first(argv))
+
+
+def models_first(argv: list[str]) -> list[str]:
+    """`argv` with the models in front, as tyro wants them in one place: `a --judge x b` is what people type."""
+    switches = ["--common-prompts", "--no-common-prompts", "--length-controlled", "--no-length-controlled"]
+    models, flags, words = [], [], iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            models.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and word not in (*switches, "--help", "-h"):
+            flags += [value for value in [next(words, None)] if value is not None]
+    return [*models, *flags]
 
 
 def command_line(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from cleanalign.kept import fingerprint
 
 QUESTIONS = {  # --benchmark: where a user finds its questions
     "alpaca_eval": "alpaca_eval.json of the hub's data set tatsu-lab/alpaca_eval (805 instructions)",
-    "mt_bench": "fastchat/llm_judge/data/mt_bench/question.jsonl of github.com/lm-sys/FastChat (80 questions)",
+    "mt_bench": "fastchat/llm_judge/data/mt_bench/question.jsonl of FastChat's repository (80 questions)",
 }
 # where FastChat's judge looks for them, from its working folder
 MODEL_ANSWERS = Path("data/mt_bench/model_answer")

@@ -1,9 +1,12 @@
 """evaluate.py: the table, what is kept, files of answers, the benchmarks' formats, the page in a browser, bad
 input."""
 
+import ast
+import dataclasses
 import html
 import json
 import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -502,6 +505,43 @@ def test_a_script_that_is_not_the_page_s_own_does_not_run(tmp_path):
     broken = file.read_text().replace("<main>", '<main><script>document.title = "broken"</script>')
     file.write_text(broken)
     assert "<title>2 models" in in_browser(file)
+
+
+# --- the command line ---
+
+
+def test_every_argument_is_documented_and_read():
+    tree = ast.parse((ROOT / "evaluate.py").read_text())
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    pairs = [(a.target.id, b) for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign)]
+    documented = {name: doc.value.value for name, doc in pairs if isinstance(doc, ast.Expr)}
+    source = (ROOT / "evaluate.py").read_text() + (ROOT / "experiment.py").read_text()
+    for name in (f.name for f in dataclasses.fields(evaluate.Args)):
+        assert len(documented.get(name, "")) > 15, f"--{name} has no docstring"
+        assert re.search(rf"args\.{name}\b", source), f"--{name} is never read"
+
+
+def test_help_and_what_a_benchmark_sets(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.command_line(["--benchmark=alpaca_eval", "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "python evaluate.py" in text
+    assert re.search(r"--max-new-tokens\b[^)]*default: 1024\)", text, re.S)
+    assert evaluate.parse(["--benchmark", "alpaca_eval", "--max-new-tokens", "7"]).max_new_tokens == 7
+
+
+def test_judges_and_models_in_any_order():
+    """--judge takes one value, so a model after it is a model."""
+    args = evaluate.parse(["a", "--judge", "x", "b", "--judge=y", "c"])
+    assert args.models == ("a", "b", "c") and args.judge == ("x", "y")
+
+
+def test_commands_in_the_documentation_parse():
+    text = (ROOT / "docs" / "evaluation.md").read_text() + (evaluate.__doc__ + "```")
+    lines = re.findall(r"^ *python evaluate\.py (.*?)(?:  +#.*)?$", text, re.M)
+    assert len(lines) >= 6
+    for line in lines:
+        assert evaluate.parse(shlex.split(line)).models
 
 
 # --- bad input ---
