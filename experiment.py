@@ -23,6 +23,7 @@ import torch
 import common
 from cleanalign import distributed
 from cleanalign.command_line import command_line, parse
+from cleanalign.comparison import versus
 from cleanalign.data import Row, load_file, load_rows, prompt_text, require_no_leak, select_by_score
 from cleanalign.dry_run import Holds, require_room
 from cleanalign.errors import require
@@ -43,7 +44,7 @@ from cleanalign.optimization import bytes_per_weight, learning_rate_at, make_opt
 from cleanalign.reporting import model_card
 from cleanalign.run import Run, kept
 from cleanalign.signals import signals
-from cleanalign.statistics import distinct_n, win_rate_interval
+from cleanalign.statistics import distinct_n
 from cleanalign.storage import require_space, write_text
 from judges import Judge, both_orders, load_judge
 
@@ -197,7 +198,7 @@ class Experiment:
         """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are
         its other arguments."""
         stats: dict = {}
-        settings = {**sampling_settings(self), **more}
+        settings = {**sampling_settings(self.args), **more}
         with self.run.phase("sampling"):
             chosen = self.policy if model is None else model
             replies = common.sample(
@@ -329,9 +330,8 @@ def rows_at_once(args, members: list, dtype: torch.dtype) -> int:
     return choose_sample_rows(args.sample_rows, members, args.max_prompt_length + args.max_new_tokens, states)
 
 
-def sampling_settings(exp: Experiment) -> dict:
+def sampling_settings(args) -> dict:
     """What `common.sample` is told by a run's flags."""
-    args = exp.args
     return dict(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -600,7 +600,7 @@ def evaluate(exp: Experiment) -> dict:
     for name in ("policy", "start"):
         model = exp.policy if name == "policy" else starting(exp)
         seed, progress = common.derive_seed("evaluation", 0), f"evaluate: {name}"
-        settings = sampling_settings(exp)
+        settings = sampling_settings(args)
         drawn = common.sample(model, exp.eval_prompts, exp.ends, seed=seed, progress=progress, **settings)
         replies[name] = drawn
         texts[name] = [group[0] for group in exp.texts(drawn)]
@@ -616,8 +616,7 @@ def evaluate(exp: Experiment) -> dict:
     write_samples(exp, texts, p, p_eval)
     log_ratios = [a[0] - b[0] for a, b in zip(sums["policy"], sums["start"], strict=True)]
 
-    win_rate, interval = win_rate_interval(p)
-    eval_rate, eval_interval = win_rate_interval(p_eval) if p_eval else (None, None)
+    by_eval_judge = versus(p_eval) if p_eval else {}
     measured = {}
     for when, name in (("before", "start"), ("after", "policy")):
         measured[f"score_{when}"] = None
@@ -628,12 +627,9 @@ def evaluate(exp: Experiment) -> dict:
         if judge.measure:
             measured |= {f"{key}_{when}": value for key, value in judge.measure(texts[name]).items()}
     return {
-        "win_rate": win_rate,
-        "win_rate_interval": interval,
-        "tie_rate": sum(x == 0.5 for x in p) / len(p),
-        "mean_preference": sum(p) / len(p),
-        "eval_judge_win_rate": eval_rate,
-        "eval_judge_win_rate_interval": eval_interval,
+        **versus(p),
+        "eval_judge_win_rate": by_eval_judge.get("win_rate"),
+        "eval_judge_win_rate_interval": by_eval_judge.get("win_rate_interval"),
         "kl": sum(log_ratios) / len(log_ratios),
         **measured,
         "judge": judge.name,
