@@ -109,7 +109,7 @@ def saved_args(kind: type, folder: Path):
     return kind(**{**values, "resume": str(folder)})
 
 
-SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin")
+SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin", "preference_model")
 
 
 @contextlib.contextmanager

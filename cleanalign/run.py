@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -192,8 +193,9 @@ class Run(Phases):
         """Wall-clock seconds of this run, resumed parts included."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def finish(self, summary: dict, curves: tuple[str, ...]) -> None:
-        """Write summary.json and curves.png, close the logs and print the result."""
+    def finish(self, summary: dict, curves: tuple[str, ...], text: Callable = summary_text) -> None:
+        """Write summary.json and curves.png, close the logs and print the result, as text(summary, folder)
+        has it."""
         if self.bar:
             self.bar.close()
         summary = {
@@ -218,7 +220,7 @@ class Run(Phases):
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
-        print(summary_text(summary, self.folder))
+        print(text(summary, self.folder))
 
     def finish_dry_run(self, policy) -> None:
         """End a `--dry-run` after its step: write dry_run.json and print what each phase took. Nothing is
