@@ -21,7 +21,8 @@ Departures from the paper, whose preference model is a T5X encoder-decoder train
     antisymmetric exactly.
  3. The cross-entropy is that of the two answers alone, not of the whole vocabulary: σ(logit A − logit B) is all that
     is ever read.
- 4. A target may be a probability (--labels soft, or a column p). Ties are ½, not dropped.
+ 4. Sampled replies to one prompt are one example, every two of them a pair, so that a reward model reads each reply once
+    (as arXiv 2203.02155 does). A target may be a probability (--labels soft, or a column p). Ties are ½, not dropped.
  5. Embeddings stay as they are: a few thousand comparisons contain few of the words.
  6. The smollm2-135m recipe is ours, chosen for two CPU cores: the verdicts of a sentiment lexicon.
 
@@ -36,7 +37,6 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -105,13 +105,14 @@ class Args(RunArgs):
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
     dataset: str = "chitchat"
     """Comparisons: rows with prompt, chosen and rejected, or with prompt, a, b and p. Of a set without replies
-    the model itself answers each prompt twice, and --judge prefers one."""
+    the model itself answers, and --judge prefers."""
     eval_dataset: str | None = None
     """File of comparisons to measure on; None holds out --eval-prompts prompts of --dataset."""
-    num_prompts: int | None = 1536
+    num_prompts: int | None = 320
     """Prompts to train on, in an order fixed by the seed; None is all of them."""
     pairs_per_prompt: int | None = None
-    """Of a data set with several pairs for a prompt, so many of them at most; None is all."""
+    """Pairs to learn from at most, of a prompt with several; None is all. A reward model reads sampled replies
+    together and learns from all their pairs in any case."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; pairs with longer ones are dropped and counted."""
     judge: str = "sentiment"
@@ -119,7 +120,7 @@ class Args(RunArgs):
     pairwise:ID or FILE.py:FUNCTION."""
     eval_judge: str | None = "polarity"
     """A second judge, to compare verdicts with on the held-out pairs; None for none."""
-    eval_prompts: int = 192
+    eval_prompts: int = 128
     """Held-out prompts to measure on, with all their pairs."""
     triple_prompts: int = 64
     """Held-out prompts of which --kind pairwise compares three replies with each other, to count cycles."""
@@ -136,8 +137,8 @@ class Args(RunArgs):
     """Optimiser steps at most; None takes all. The schedule shortens with it."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
-    batch_size: int = 16
-    """Pairs in one optimiser step."""
+    batch_size: int = 8
+    """Prompts with their replies (reward) or pairs (pairwise, and a data set's) in one optimiser step."""
     epochs: int = 1
     """Passes over the pairs."""
     warmup_ratio: float = 0.1
@@ -157,6 +158,8 @@ class Args(RunArgs):
     """Recompute activations in the backward pass: a third more compute for far less memory."""
 
     # sampling
+    samples_per_prompt: int = 4
+    """Replies to each training prompt where the data set has no pairs; every two of them are a pair."""
     max_new_tokens: int = 24
     """Longest reply, in tokens: sampled ones end there, a data set's pairs with a longer one are dropped and
     counted."""
@@ -169,8 +172,8 @@ class Args(RunArgs):
     stands in args.json."""
 
     def holds(self) -> Holds:
-        """Nothing beside the model in training. A row holds two replies, or the question in both orders."""
-        return Holds(reference=False, completions=2 if self.kind == "reward" else 4)
+        """Nothing beside the model in training. A row holds a prompt's replies, or a question in both orders."""
+        return Holds(reference=False, completions=self.samples_per_prompt if self.kind == "reward" else 4)
 
 
 HUB = Args(
@@ -205,6 +208,10 @@ def check_args(args: Args) -> None:
     require(args.epochs >= 1, f"--epochs must be at least 1, got {args.epochs}.")
     require(args.learning_rate > 0, f"--learning-rate must be above 0, got {args.learning_rate}.")
     require(args.triple_prompts >= 0, f"--triple-prompts must not be negative, got {args.triple_prompts}.")
+    require(
+        args.samples_per_prompt >= 2,
+        f"--samples-per-prompt must be at least 2 to make a pair, got {args.samples_per_prompt}.",
+    )
     limit = args.pairs_per_prompt
     require(limit is None or limit >= 1, f"--pairs-per-prompt must be at least 1, got {limit}.")
 
@@ -213,24 +220,25 @@ def comparison_loss(log_odds: torch.Tensor, preference: torch.Tensor) -> torch.T
     """Cross-entropy of the preferred reply, a scalar to minimise: −p log σ(z) − (1 − p) log σ(−z), in nats.
 
     Args:
-        log_odds: (B, O) z, the model's log-odds of a ≻ b, from each of O orders that it was asked in. Of a reward
-            model, O = 1, z = r(a) − r(b): the Bradley-Terry likelihood.
-        preference: (B,) the target p(a ≻ b): 1 or 0 for a choice, ½ for a tie.
+        log_odds: (B, O) z, the model's log-odds of a ≻ b. Of a reward model z = r(a) − r(b), which makes this the
+            Bradley-Terry likelihood; a column for each pair of a prompt's replies. Of a pairwise model a column for
+            each order that it was asked in.
+        preference: (B, O) or (B, 1) the target p(a ≻ b): 1 or 0 for a choice, ½ for a tie.
     """
-    p = preference[:, None]  # (B, 1)
-    return -(p * F.logsigmoid(log_odds) + (1 - p) * F.logsigmoid(-log_odds)).mean()
+    return -(preference * F.logsigmoid(log_odds) + (1 - preference) * F.logsigmoid(-log_odds)).mean()
 
 
 def log_odds(model, data: common.Batch, letters: tuple[int, int] | None) -> torch.Tensor:
-    """(G, O) log-odds of a ≻ b, float32, differentiable, of pairs as `Pair` lays them out.
+    """(G, O) log-odds of a ≻ b, float32, differentiable, of examples as `Example` lays them out.
 
-    Without `letters` the model is a reward model, and O = 1: r(a) − r(b). With the ids of A and B, O = 2: logit A −
-    logit B where a stands first, and the negative of that where b does.
+    Without `letters` the model is a reward model: r(a) − r(b) for each pair of a prompt's K replies, O = K (K − 1) / 2.
+    With the ids of A and B, O = 2: logit A − logit B where a stands first, and the negative of that where b does.
     """
-    states = last_states(model, data)  # (G, 2, D)
+    states = last_states(model, data)  # (G, K, D)
     if letters is None:
-        a, b = base_model(model).score(states)[..., 0].unbind(1)  # (G,)
-        return (a - b)[:, None]
+        scores = base_model(model).score(states)[..., 0]  # (G, K)
+        i, j = pairs_of(scores.shape[1])
+        return scores[:, i] - scores[:, j]
     weight, bias, softcap = head(model)
     bias = None if bias is None else bias[list(letters)].float()
     logits = head_logits(states, weight[list(letters)].float(), bias, softcap)  # (G, 2, 2)
@@ -238,45 +246,60 @@ def log_odds(model, data: common.Batch, letters: tuple[int, int] | None) -> torc
     return torch.stack([first, -second], 1)
 
 
-# --- pairs -------------------------------------------------------------------------------------
+def pairs_of(K: int) -> tuple[list[int], list[int]]:
+    """All pairs i < j of K replies, as two lists of indices."""
+    return torch.triu_indices(K, K, 1).tolist()
+
+
+# --- comparisons ---------------------------------------------------------------------------------
 
 
 @dataclass
-class Comparison:
-    """Two replies to a prompt, and how often a is preferred: 1 or 0 for a choice, ½ for a tie."""
+class Answers:
+    """Replies to a prompt, and for each pair i < j of them (`pairs_of`) how often i is preferred: 1 or 0 for a
+    choice, ½ for a tie."""
 
     row_id: str
     asked: Prompt
-    a: str
-    b: str
-    preference: float
+    replies: list[str]
+    preferences: list[float]
+
+    def pairs(self) -> list[Answers]:
+        """Each pair of the replies apart."""
+        places = zip(*pairs_of(len(self.replies)), self.preferences, strict=True)
+        return [
+            Answers(f"{self.row_id}:{i}:{j}", self.asked, [self.replies[i], self.replies[j]], [p])
+            for i, j, p in places
+        ]
 
 
 @dataclass
-class Pair:
-    """A comparison in tokens: what the judge reads first and what it reads second, which begin alike.
+class Example:
+    """`Answers` in tokens, as the judge reads them: rows that begin alike and are cut where they part.
 
-    Of a reward model, the prompt with a, and with b; of a pairwise one, the question with a first, and with b first.
+    Of a reward model, the prompt with each reply; of a pairwise one, the question with a first, and with b first.
     `common.collate` lays them side by side, their beginning computed once.
     """
 
     row_id: str
     prompt: list[int]  # the common beginning
-    completions: list[list[int]]  # the rest of either
-    preference: float
+    completions: list[list[int]]  # the rest of each
+    preferences: list[float]
 
 
-def read_pair(tokenizer, comparison: Comparison, args: Args) -> Pair:
-    """The two token rows that the finished judge would read, cut where they part."""
-    asked, a, b = comparison.asked, comparison.a, comparison.b
-    if args.kind == "reward" or args.dry_run:  # the stand-in tokenizer of a dry run has no A and B
-        rows = [reward_ids(tokenizer, asked, reply) for reply in (a, b)]
-    else:
-        rows = [question_ids(tokenizer, asked, a, b), question_ids(tokenizer, asked, b, a)]
-    same = 0
-    while same < min(map(len, rows)) and rows[0][same] == rows[1][same]:
-        same += 1
-    return Pair(comparison.row_id, rows[0][:same], [row[same:] for row in rows], comparison.preference)
+def example_of(tokenizer, answers: Answers, args: Args) -> Example:
+    """The token rows that the finished judge would read."""
+    asked, replies = answers.asked, answers.replies
+    if args.kind == "reward":
+        rows = [reward_ids(tokenizer, asked, reply) for reply in replies]
+    elif tokenizer.chat_template:
+        rows = [question_ids(tokenizer, asked, *order) for order in (replies, replies[::-1])]
+    else:  # a dry run's stand-in, which has no A and B: the lengths are what it is after
+        rows = [reward_ids(tokenizer, asked, " ".join(order)) for order in (replies, replies[::-1])]
+    alike = 0
+    while alike < min(map(len, rows)) and len({row[alike] for row in rows}) == 1:
+        alike += 1
+    return Example(answers.row_id, rows[0][:alike], [row[alike:] for row in rows], answers.preferences)
 
 
 def reward_ids(tokenizer, prompt: Prompt, reply: str) -> list[int]:
@@ -286,63 +309,6 @@ def reward_ids(tokenizer, prompt: Prompt, reply: str) -> list[int]:
     while ids and ids[-1] == tokenizer.pad_token_id:
         ids = ids[:-1]
     return ids
-
-
-def fitting(exp: StagedExperiment, rows: list, prompts: int | None, seed: int) -> Iterator:
-    """Rows of up to `prompts` prompts, in an order fixed by `seed`, whose texts are no longer than the flags say.
-
-    Longer ones are dropped and counted. Raises `UserError` if none is left.
-    """
-    args, tokenizer = exp.args, exp.tokenizer
-    order, by_prompt, dropped = list(rows), defaultdict(list), Counter()
-    random.Random(seed).shuffle(order)
-    for row in order:
-        key = prompt_text(row.prompt)
-        full = prompts is not None and len(by_prompt) == prompts and key not in by_prompt
-        if full or len(by_prompt[key]) == args.pairs_per_prompt:
-            continue
-        replies = [tokenizer(text, add_special_tokens=False).input_ids for text in (row.chosen, row.rejected)]
-        if len(common.encode_prompt(tokenizer, row.prompt)) > args.max_prompt_length:
-            dropped[f"with a prompt longer than --max-prompt-length {args.max_prompt_length}"] += 1
-        elif max(map(len, replies)) > args.max_new_tokens:
-            dropped[f"with a reply longer than --max-new-tokens {args.max_new_tokens}"] += 1
-        else:
-            by_prompt[key].append(row)
-    kept = [row for group in by_prompt.values() for row in group]
-    report_dropped("pairs", len(kept) + dropped.total(), dropped)
-    return kept
-
-
-def given_comparisons(exp: StagedExperiment, rows: list, prompts: int | None, seed: int) -> list[Comparison]:
-    """The data set's own pairs, the preferred reply as a. A row without p was a choice."""
-    soft, result = exp.args.labels == "soft", []
-    for row in fitting(exp, rows, prompts, seed):
-        p = 1.0 if row.preference is None else row.preference
-        result.append(Comparison(row.id, row.prompt, row.chosen, row.rejected, p if soft else verdict(p)))
-    return result
-
-
-def judged_comparisons(
-    exp: StagedExperiment, name: str, model, split: tuple, completions: int
-) -> list[Comparison]:
-    """All pairs of `completions` replies that `model` gives to each prompt of `split` (rows, token ids), and the
-    judge's verdicts on them."""
-    rows, prompts = split
-    texts = exp.texts(exp.kept_samples(name, model, prompts, completions))
-    with exp.run.phase("judging"):
-        matrices = preference_matrix(exp.judge, [row.prompt for row in rows], texts)  # (K, K) each
-    result = []
-    for row, group, matrix in zip(rows, texts, matrices, strict=True):
-        for i, j in torch.combinations(torch.arange(completions)).tolist():
-            p = matrix[i, j].item()
-            p = p if exp.args.labels == "soft" else verdict(p)
-            result.append(Comparison(f"{row.id}:{i}{j}", row.prompt, group[i], group[j], p))
-    return result
-
-
-def verdict(p: float) -> float:
-    """Which reply a probability prefers: 1 the first, 0 the second, ½ neither."""
-    return 0.5 if p == 0.5 else float(p > 0.5)
 
 
 def load_splits(exp: StagedExperiment) -> tuple[list, list, bool]:
@@ -364,91 +330,164 @@ def load_splits(exp: StagedExperiment) -> tuple[list, list, bool]:
         require_no_leak(f"--dataset {args.dataset}", train, test)
     if given:
         print(f"{args.dataset}: pairs of the data set; --judge is not asked")
-        train, test = different(args.dataset, train), different("held out", test)
     else:
         print(f"{args.dataset}: no pairs; {args.model} answers, and the judge {args.judge} prefers")
     return train, test, given > 0
 
 
-def different(what: str, rows: list) -> list:
-    """Rows whose replies differ; the rest is counted. Raises `UserError` if none is left."""
-    kept = [row for row in rows if row.chosen != row.rejected]
-    report_dropped(
-        what, len(rows), Counter({"with twice the same reply": len(rows) - len(kept)} if kept != rows else {})
-    )
+def given_answers(exp: StagedExperiment, rows: list, prompts: int | None, seed: int) -> list[Answers]:
+    """The data set's own pairs to up to `prompts` prompts, in an order fixed by `seed`. A row without p was a choice.
+
+    Pairs that are longer than the flags say, or twice the same reply, are dropped and counted. Raises `UserError` if
+    none is left.
+    """
+    args, tokenizer = exp.args, exp.tokenizer
+    order, by_prompt, dropped = list(rows), defaultdict(list), Counter()
+    random.Random(seed).shuffle(order)
+    for row in order:
+        key, texts = prompt_text(row.prompt), [row.chosen, row.rejected]
+        have = len(by_prompt.get(key, ()))
+        if have == args.pairs_per_prompt or (have == 0 and len(by_prompt) == prompts):
+            continue
+        if row.chosen == row.rejected:
+            dropped["with twice the same reply"] += 1
+        elif len(common.encode_prompt(tokenizer, row.prompt)) > args.max_prompt_length:
+            dropped[f"with a prompt longer than --max-prompt-length {args.max_prompt_length}"] += 1
+        elif any(len(tokenizer(x, add_special_tokens=False).input_ids) > args.max_new_tokens for x in texts):
+            dropped[f"with a reply longer than --max-new-tokens {args.max_new_tokens}"] += 1
+        else:
+            p = target(1.0 if row.preference is None else row.preference, args)
+            by_prompt[key].append(Answers(row.id, row.prompt, texts, [p]))
+    kept = [answers for group in by_prompt.values() for answers in group]
+    report_dropped("pairs", len(kept) + dropped.total(), dropped)
     return kept
+
+
+def judged_answers(exp: StagedExperiment, name: str, split: tuple, completions: int) -> list[Answers]:
+    """`completions` replies of the starting model to each prompt of `split` (rows, token ids), and the judge's
+    verdicts on all their pairs. The replies are kept in the run folder."""
+    args, (rows, prompts) = exp.args, split
+    done = (exp.run.folder / "replies" / f"{name}.json").exists()
+    model = None if done else exp.load(args.model)
+    texts = exp.texts(exp.kept_samples(name, model, prompts, completions))
+    with exp.run.phase("judging"):
+        matrices = preference_matrix(exp.judge, [row.prompt for row in rows], texts)  # (K, K) each
+    result = []
+    for row, group, matrix in zip(rows, texts, matrices, strict=True):
+        preferences = [target(p, args) for p in matrix[pairs_of(completions)].tolist()]
+        result.append(Answers(row.id, row.prompt, group, preferences))
+    return result
+
+
+def target(p: float, args: Args) -> float:
+    """What is learnt of a preference: itself (--labels soft), or which reply it is for."""
+    return p if args.labels == "soft" else verdict(p)
+
+
+def examples_of_prompt(args: Args) -> int:
+    """Training examples that a prompt's samples make: see `to_learn`."""
+    pairs = len(pairs_of(args.samples_per_prompt)[0])
+    return 1 if args.kind == "reward" else min(pairs, args.pairs_per_prompt or pairs)
+
+
+def verdict(p: float) -> float:
+    """Which reply a preference is for: 1 the first, 0 the second, ½ neither."""
+    return 0.5 if p == 0.5 else float(p > 0.5)
+
+
+def to_learn(args: Args, answers: list[Answers]) -> list[Answers]:
+    """What one training example holds: for a reward model all replies to a prompt together, for a pairwise one a
+    pair, of which each prompt gives --pairs-per-prompt."""
+    if args.kind == "reward":
+        return answers
+    chance, result = random.Random(args.seed), []
+    for group in answers:
+        pairs = group.pairs()
+        result += (
+            pairs
+            if args.pairs_per_prompt is None
+            else chance.sample(pairs, min(len(pairs), args.pairs_per_prompt))
+        )
+    return result
 
 
 # --- training and measuring ---------------------------------------------------------------------
 
 
-def train(exp: StagedExperiment, model, pairs: list[Pair], letters: tuple[int, int] | None) -> None:
-    """Minimise `comparison_loss` over the pairs."""
+def train(exp: StagedExperiment, model, examples: list[Example], letters: tuple[int, int] | None) -> None:
+    """Minimise `comparison_loss` over the examples."""
 
     def loss_of(examples, data):
-        target = torch.tensor([pair.preference for pair in examples], device=exp.device)  # (G,)
+        preferences = torch.tensor(
+            [example.preferences for example in examples], device=exp.device
+        )  # (G, O) or (G, 1)
         z = log_odds(model, data, letters)  # (G, O)
-        p = z.detach().sigmoid().mean(1)  # (G,)
-        right = (p > 0.5).float() + 0.5 * (p == 0.5).float()
-        # a tie says nothing of who is right, and counts ½
-        right = torch.where(target > 0.5, right, torch.where(target < 0.5, 1 - right, 0.5))
+        p = z.detach().sigmoid()
+        agrees = ((p > 0.5) == (preferences > 0.5)) & (p != 0.5)
+        decided = (preferences != 0.5).expand_as(z)
+        accuracy = torch.where(decided, agrees.float(), 0.5).mean()  # a tie says nothing of who is right
         confidence = torch.maximum(p, 1 - p).mean()
-        return comparison_loss(z, target), {"accuracy": right.mean(), "confidence": confidence}
+        return comparison_loss(z, preferences), {"accuracy": accuracy, "confidence": confidence}
 
-    train_stage(
-        exp, Stage("train", exp.args.epochs, exp.args.learning_rate, collate_read), model, pairs, loss_of
+    stage = Stage("train", exp.args.epochs, exp.args.learning_rate, collate_read)
+    train_stage(exp, stage, model, examples, loss_of)
+
+
+def measure(exp: StagedExperiment, judge: Judge, held_out: list[Answers]) -> dict:
+    """How good the judge's probabilities are on held-out pairs; writes predictions.jsonl and reliability.png.
+    docs/preference_model.md explains each figure."""
+    pairs = [pair for answers in held_out for pair in answers.pairs()]
+    asked, keys = [pair.asked for pair in pairs], [prompt_text(pair.asked) for pair in pairs]
+    a, b = ([pair.replies[i] for pair in pairs] for i in (0, 1))
+    truth = [pair.preferences[0] for pair in pairs]
+    require(
+        any(q != 0.5 for q in truth),
+        "every held-out pair is a tie: nothing to measure. Raise --eval-prompts.",
     )
-
-
-def measure(exp: StagedExperiment, judge: Judge, comparisons: list[Comparison]) -> dict:
-    """How good the judge's probabilities are on held-out comparisons; writes predictions.jsonl and
-    reliability.png. docs/preference_model.md explains each figure."""
-    asked, a, b, target = zip(*((c.asked, c.a, c.b, c.preference) for c in comparisons), strict=True)
-    asked, a, b, target = map(list, (asked, a, b, target))
     swapped = None
     predicted = first = judge.preference(asked, a, b)  # (N,)
     if judge.score is None:
         swapped = judge.preference(asked, b, a)
         predicted = 0.5 * (first + 1 - swapped)  # as `both_orders` asks
     p = predicted.tolist()
-    write_predictions(exp, comparisons, {"prediction": p, "first": first.tolist()})
-
-    decided = [c for c in comparisons if c.preference != 0.5]
-    require(
-        bool(decided), "every held-out pair is a tie: nothing to measure; hold out more with --eval-prompts."
-    )
-    right = judged_right(p, target)
-    longer = [(len(c.a) > len(c.b)) - (len(c.a) < len(c.b)) for c in decided]  # of the texts, in characters
-    prefers = [1 if c.preference > 0.5 else -1 for c in decided]
-    against = [x for x, long, choice in zip(right, longer, prefers, strict=True) if long * choice < 0]
-    table = reliability(p, target)
+    write_predictions(exp, pairs, p, first.tolist())
+    table = reliability(p, truth)
     plot_reliability(table, exp.run.folder / "reliability.png", exp.run.folder.name)
+
+    decided = [i for i, q in enumerate(truth) if q != 0.5]
+    right = judged_right(p, truth)
+    longer = [length_preference(a[i], b[i]) for i in decided]
+    of_length = judged_right(longer, [truth[i] for i in decided])
+    against = [x for x, by_length in zip(right, of_length, strict=True) if by_length == 0]
     result = {
         "accuracy": mean(right),
-        "accuracy_interval": clustered_interval(right, [prompt_text(c.asked) for c in decided]),
-        "log_loss": log_loss(p, target),
-        "log_loss_floor": log_loss(target, target),
-        "calibration_error": calibration_error(table),
-        "reliability": table,
+        "accuracy_interval": clustered_interval(right, [keys[i] for i in decided]),
         "accuracy_shorter_preferred": mean(against),
         "pairs_shorter_preferred": len(against),
-        "accuracy_of_length": mean(
-            [(long * choice + 1) / 2 for long, choice in zip(longer, prefers, strict=True)]
-        ),
+        "accuracy_of_length": mean(of_length),
+        "log_loss": log_loss(p, truth),
+        "log_loss_floor": log_loss(truth, truth),
+        "calibration_error": calibration_error(table),
+        "reliability": table,
         "order_agreement": None,
         "cyclic_triples": None,
         "eval_judge_agreement": None,
-        "eval_pairs": len(comparisons),
-        "eval_ties": len(comparisons) - len(decided),
-        "eval_prompts": len({prompt_text(prompt) for prompt in asked}),
+        "eval_pairs": len(pairs),
+        "eval_ties": len(pairs) - len(decided),
+        "eval_prompts": len(set(keys)),
     }
     if swapped is not None:
         result["order_agreement"] = ((first > 0.5) == (swapped < 0.5)).double().mean().item()
-        result |= count_cycles(exp, judge, comparisons)
+        result |= count_cycles(exp, judge, pairs)
     if exp.eval_judge:
-        other = judged_right(both_orders(exp.eval_judge, asked, a, b).tolist(), [verdict(x) for x in p])
-        result["eval_judge_agreement"] = mean(other)
+        other = both_orders(exp.eval_judge, asked, a, b).tolist()
+        result["eval_judge_agreement"] = mean(judged_right(other, [verdict(x) for x in p]))
     return result
+
+
+def length_preference(a: str, b: str) -> float:
+    """Whom a judge of length prefers, in characters: 1 if a is longer, 0 if b is, else ½."""
+    return verdict(0.5 + 0.1 * ((len(a) > len(b)) - (len(a) < len(b))))
 
 
 def mean(values: list[float]) -> float | None:
@@ -456,13 +495,13 @@ def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def count_cycles(exp: StagedExperiment, judge: Judge, comparisons: list[Comparison]) -> dict:
-    """Share of cycles a ≻ b ≻ c ≻ a among three replies each of up to --triple-prompts held-out prompts."""
+def count_cycles(exp: StagedExperiment, judge: Judge, pairs: list[Answers]) -> dict:
+    """Share of cycles a ≻ b ≻ c ≻ a among three replies each to up to --triple-prompts held-out prompts."""
     replies, prompts = defaultdict(dict), {}
-    for c in comparisons:
-        key = prompt_text(c.asked)
-        prompts[key] = c.asked
-        replies[key] |= dict.fromkeys((c.a, c.b))
+    for pair in pairs:
+        key = prompt_text(pair.asked)
+        prompts[key] = pair.asked
+        replies[key] |= dict.fromkeys(pair.replies)  # a set that keeps its order
     keys = [key for key, group in replies.items() if len(group) >= 3][: exp.args.triple_prompts]
     if not keys:
         return {"triples": 0}
@@ -471,13 +510,20 @@ def count_cycles(exp: StagedExperiment, judge: Judge, comparisons: list[Comparis
     return {"cyclic_triples": cyclic_share(matrices), "triples": len(keys)}
 
 
-def write_predictions(exp: StagedExperiment, comparisons: list[Comparison], columns: dict) -> None:
-    """predictions.jsonl: every held-out pair with its target and what the judge answered, so that anybody can
-    count again."""
+def write_predictions(
+    exp: StagedExperiment, pairs: list[Answers], p: list[float], first: list[float]
+) -> None:
+    """predictions.jsonl: every held-out pair with what was preferred and what the judge answered (`first`: asked with
+    a first), so that anybody can count again."""
     with open(exp.run.folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for i, c in enumerate(comparisons):
-            row = {"id": c.row_id, "prompt": prompt_text(c.asked), "a": c.a, "b": c.b, "target": c.preference}
-            row |= {name: values[i] for name, values in columns.items()}
+        for pair, prediction, one_order in zip(pairs, p, first, strict=True):
+            row = {
+                "id": pair.row_id,
+                "prompt": prompt_text(pair.asked),
+                "a": pair.replies[0],
+                "b": pair.replies[1],
+            }
+            row |= {"preference": pair.preferences[0], "prediction": prediction, "first": one_order}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -491,16 +537,16 @@ def new_model(exp: StagedExperiment):
     return model
 
 
-def require_readable(exp: StagedExperiment, pairs: list[Pair]) -> None:
-    """Raise `UserError` if the judge would cut a pair: then it would read other tokens than it learnt from."""
+def require_readable(exp: StagedExperiment, examples: list[Example]) -> None:
+    """Raise `UserError` if the judge would cut an example: then it would read other tokens than it learnt from."""
     config = without_dropout(model_source(exp.args.model))
     limit = getattr(config, "max_position_embeddings", 8192)
     if exp.args.kind == "reward":
         limit = reward_limit(exp.tokenizer, config)
-    longest = max(len(pair.prompt) + max(map(len, pair.completions)) for pair in pairs)
+    longest = max(len(example.prompt) + max(map(len, example.completions)) for example in examples)
     require(
         longest <= limit,
-        f"a pair has {longest} tokens, and as a judge {exp.args.model} reads {limit}. Lower --max-prompt-length or "
+        f"the judge would have to read {longest} tokens, and {exp.args.model} can read {limit}. Lower --max-prompt-length or "
         "--max-new-tokens.",
     )
 
@@ -518,28 +564,27 @@ def main(args: Args) -> None:
         letters = answer_tokens(exp.tokenizer, f"--model {args.model}")
     train_rows, test_rows, given = load_splits(exp)
     if given:
-        learnt = given_comparisons(exp, train_rows, args.num_prompts, args.seed)
-        held_out = given_comparisons(exp, test_rows, args.eval_prompts, 0)
+        learnt = to_learn(args, given_answers(exp, train_rows, args.num_prompts, args.seed))
+        held_out = given_answers(exp, test_rows, args.eval_prompts, 0)
         exp.begin(stage_steps(args, len(learnt), args.epochs))
 
     # 2. Where the data set has no pairs: the model answers, the judge prefers.
     else:
-        encode = partial(common.encode_rows, exp.tokenizer, max_prompt_length=args.max_prompt_length)
+        longest, each = args.max_prompt_length, args.samples_per_prompt
+        encode = partial(common.encode_rows, exp.tokenizer, max_prompt_length=longest)
         asked = encode(train_rows, count=args.num_prompts, seed=args.seed, what="training prompts")
         aside = encode(test_rows, count=args.eval_prompts, seed=0, what="held-out prompts")
-        exp.begin(stage_steps(args, len(asked[1]), args.epochs))
-        model = exp.load(args.model)
-        learnt = judged_comparisons(exp, "train", model, asked, completions=2)
-        held_out = judged_comparisons(exp, "held-out", model, aside, completions=SHOWN)
-        del model
+        exp.begin(stage_steps(args, len(asked[1]) * examples_of_prompt(args), args.epochs))
+        learnt = to_learn(args, judged_answers(exp, "train", asked, each))
+        held_out = judged_answers(exp, "held-out", aside, SHOWN)
 
     # 3. Train on what the judge will read.
     if "train" not in exp.done:
-        pairs = [read_pair(exp.tokenizer, comparison, args) for comparison in learnt]
+        examples = [example_of(exp.tokenizer, answers, args) for answers in learnt]
         model = new_model(exp)
         if not args.dry_run:
-            require_readable(exp, pairs)
-        train(exp, model, pairs, letters)
+            require_readable(exp, examples)
+        train(exp, model, examples, letters)
         if args.dry_run:
             return exp.run.finish_dry_run(model)
         base_model(
@@ -552,7 +597,11 @@ def main(args: Args) -> None:
     # 4. Measure the folder as the judge it is.
     spec = f"{'hf' if args.kind == 'reward' else 'pairwise'}:{exp.run.folder / 'model'}"
     with exp.run.phase("evaluation"):
-        summary = {"kind": args.kind, "judge": spec, "train_pairs": len(learnt)}
+        summary = {
+            "kind": args.kind,
+            "judge": spec,
+            "train_pairs": sum(len(answers.preferences) for answers in learnt),
+        }
         summary |= measure(exp, load_judge(spec, exp.device), held_out)
     (exp.run.folder / "model" / "README.md").write_text(judge_card(exp.run.folder.name, args, summary))
     exp.run.finish(
