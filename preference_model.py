@@ -1,34 +1,35 @@
-"""A judge of your own: a reward model or a pairwise preference model, trained on comparisons. arXiv 2312.00886.
+"""A judge of your own: a reward model or a pairwise preference model, from comparisons. arXiv 2312.00886.
 
-The idea: alignment maximises what a judge prefers, and somebody has to teach the judge. It learns from pairs of
-replies of which one was preferred, and its folder is a judge at once:
+The idea: alignment maximises what a judge prefers, and somebody has to teach the judge. It learns from pairs
+of replies of which one was preferred, and its folder is a judge at once:
 
     --kind reward      a scalar for each reply, p(a ≻ b) = σ(r(a) − r(b)), the Bradley-Terry model; cannot
-                       express a cycle                                          --judge hf:RUN/model
-    --kind pairwise    reads the prompt and both replies, answers A or B, p(a ≻ b) = σ(logit A − logit B); can
-                       express a cycle                                          --judge pairwise:RUN/model
+                       express a cycle                                        --judge hf:RUN/model
+    --kind pairwise    reads the prompt and both replies and answers A or B, p(a ≻ b) = σ(logit A − logit B);
+                       can express a cycle                                    --judge pairwise:RUN/model
 
-The paper learns a preference model, which is conditioned on the prompt and two replies, by cross-entropy on human
-choices, and looks for its Nash equilibrium; a Bradley-Terry reward is the special case that RLHF maximises.
-
-It is trained on the very tokens that the judge will read, and measured through that judge.
+The paper's pipeline begins with a preference model, conditioned on the prompt and *two* replies and fitted to
+human choices by cross-entropy, and then looks for its Nash equilibrium (nash_md.py). A reward model is the
+special case that RLHF maximises. Either is trained here on the very tokens that it will read as a judge, and
+measured as the judge it is.
 
 Departures from the paper, whose preference model is a T5X encoder-decoder trained on TL;DR comparisons:
- 1. A causal language model, asked in RLHFlow's words (arXiv 2405.07863): that is what --judge pairwise:ID reads.
- 2. Every pair is learnt in both orders, in the same step, so that the place of a reply tells nothing. The answer is
-    not antisymmetric by construction: one order is one forward pass, a judge may ask one or both, and how often the
-    two agree says how well it has learnt (order_agreement). Averaged over both orders, as the scripts ask, it is
-    antisymmetric exactly.
- 3. The cross-entropy is that of the two answers alone, not of the whole vocabulary: σ(logit A − logit B) is all that
-    is ever read.
- 4. Sampled replies to one prompt are one example, every two of them a pair, so that a reward model reads each reply once
-    (as arXiv 2203.02155 does). A target may be a probability (--labels soft, or a column p). Ties are ½, not dropped.
- 5. Embeddings stay as they are: a few thousand comparisons contain few of the words.
- 6. The smollm2-135m recipe is ours, chosen for two CPU cores: the verdicts of a sentiment lexicon.
+ 1. A causal language model, asked in RLHFlow's words (arXiv 2405.07863), which --judge pairwise:ID reads.
+ 2. Every pair is learnt in both orders in the same step, so the place of a reply tells nothing. The answer to
+    one order is not antisymmetric by construction, which would take two passes each time it is asked: a
+    judge may ask once, and how often both orders agree (order_agreement) says what that costs. Averaged over
+    both, as the scripts ask, it is antisymmetric exactly.
+ 3. The cross-entropy is that of the two answers alone, not of the whole vocabulary: σ(logit A − logit B) is
+    all that is ever read.
+ 4. Sampled replies to a prompt are compared two by two, and a reward model reads each of them once (as in
+    arXiv 2203.02155).
+ 5. A target may be a probability (--labels soft, or a column p), and ties are ½; neither is dropped.
+ 6. Embeddings stay as they are: a few thousand comparisons contain few of the words.
+ 7. The smollm2-135m recipe is ours, chosen for two CPU cores: a sentiment lexicon's verdicts.
 
 Examples:
     python preference_model.py                                     # a lexicon's verdicts; minutes on a laptop
-    python preference_model.py --kind pairwise --dataset pairs.jsonl     # rows with prompt, chosen, rejected
+    python preference_model.py --kind pairwise --dataset pairs.jsonl   # rows with prompt, chosen and rejected
     python selm.py --judge hf:runs/NAME/model                      # align with what was learnt
 """
 
@@ -104,15 +105,15 @@ class Args(RunArgs):
     lora_alpha: int = 64
     """LoRA's scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
     dataset: str = "chitchat"
-    """Comparisons: rows with prompt, chosen and rejected, or with prompt, a, b and p. Of a set without replies
-    the model itself answers, and --judge prefers."""
+    """Comparisons: rows with prompt, chosen and rejected, or with prompt, a, b and p. Where a set has none,
+    the model itself answers its prompts, and --judge prefers."""
     eval_dataset: str | None = None
     """File of comparisons to measure on; None holds out --eval-prompts prompts of --dataset."""
     num_prompts: int | None = 320
     """Prompts to train on, in an order fixed by the seed; None is all of them."""
     pairs_per_prompt: int | None = None
-    """Pairs to learn from at most, of a prompt with several; None is all. A reward model reads sampled replies
-    together and learns from all their pairs in any case."""
+    """Pairs of one prompt to learn from at most; None is all. A reward model reads sampled replies together
+    and learns from all their pairs in any case."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; pairs with longer ones are dropped and counted."""
     judge: str = "sentiment"
@@ -129,8 +130,8 @@ class Args(RunArgs):
     kind: Literal["reward", "pairwise"] = "reward"
     """What to train: a scalar reward of a reply, or a model that reads two replies and answers A or B."""
     labels: Literal["hard", "soft"] = "hard"
-    """What to learn of a probability, be it a judge's or a column p: hard learns which reply is preferred, soft
-    how much."""
+    """What to learn of a probability, a judge's or a column p: hard learns which reply is preferred, soft how
+    much."""
 
     # optimisation
     max_steps: int | None = None
@@ -172,7 +173,8 @@ class Args(RunArgs):
     stands in args.json."""
 
     def holds(self) -> Holds:
-        """Nothing beside the model in training. A row holds a prompt's replies, or a question in both orders."""
+        """Nothing beside the model in training. A row holds a prompt's replies, or a question in both
+        orders, of two replies each."""
         return Holds(reference=False, completions=self.samples_per_prompt if self.kind == "reward" else 4)
 
 
@@ -220,9 +222,9 @@ def comparison_loss(log_odds: torch.Tensor, preference: torch.Tensor) -> torch.T
     """Cross-entropy of the preferred reply, a scalar to minimise: −p log σ(z) − (1 − p) log σ(−z), in nats.
 
     Args:
-        log_odds: (B, O) z, the model's log-odds of a ≻ b. Of a reward model z = r(a) − r(b), which makes this the
-            Bradley-Terry likelihood; a column for each pair of a prompt's replies. Of a pairwise model a column for
-            each order that it was asked in.
+        log_odds: (B, O) z, the model's log-odds of a ≻ b. Of a reward model z = r(a) − r(b), which makes this
+            the Bradley-Terry likelihood, with a column for each pair of a prompt's replies; of a pairwise
+            model with a column for each order that it was asked in.
         preference: (B, O) or (B, 1) the target p(a ≻ b): 1 or 0 for a choice, ½ for a tie.
     """
     return -(preference * F.logsigmoid(log_odds) + (1 - preference) * F.logsigmoid(-log_odds)).mean()
@@ -231,8 +233,9 @@ def comparison_loss(log_odds: torch.Tensor, preference: torch.Tensor) -> torch.T
 def log_odds(model, data: common.Batch, letters: tuple[int, int] | None) -> torch.Tensor:
     """(G, O) log-odds of a ≻ b, float32, differentiable, of examples as `Example` lays them out.
 
-    Without `letters` the model is a reward model: r(a) − r(b) for each pair of a prompt's K replies, O = K (K − 1) / 2.
-    With the ids of A and B, O = 2: logit A − logit B where a stands first, and the negative of that where b does.
+    Without `letters` the model is a reward model: r(a) − r(b) for each pair of a prompt's K replies, O =
+    K (K − 1) / 2. With the ids of A and B, O = 2: logit A − logit B where a stands first, and the negative
+    of that where b does.
     """
     states = last_states(model, data)  # (G, K, D)
     if letters is None:
@@ -256,8 +259,8 @@ def pairs_of(K: int) -> tuple[list[int], list[int]]:
 
 @dataclass
 class Answers:
-    """Replies to a prompt, and for each pair i < j of them (`pairs_of`) how often i is preferred: 1 or 0 for a
-    choice, ½ for a tie."""
+    """Replies to a prompt, and for each pair i < j of them (`pairs_of`) how often i is preferred: 1 or 0 for
+    a choice, ½ for a tie."""
 
     row_id: str
     asked: Prompt
@@ -266,6 +269,8 @@ class Answers:
 
     def pairs(self) -> list[Answers]:
         """Each pair of the replies apart."""
+        if len(self.replies) == 2:
+            return [self]
         places = zip(*pairs_of(len(self.replies)), self.preferences, strict=True)
         return [
             Answers(f"{self.row_id}:{i}:{j}", self.asked, [self.replies[i], self.replies[j]], [p])
@@ -277,8 +282,8 @@ class Answers:
 class Example:
     """`Answers` in tokens, as the judge reads them: rows that begin alike and are cut where they part.
 
-    Of a reward model, the prompt with each reply; of a pairwise one, the question with a first, and with b first.
-    `common.collate` lays them side by side, their beginning computed once.
+    Of a reward model, the prompt with each reply; of a pairwise one, the question with a first, and with b
+    first. `common.collate` lays them side by side, their beginning computed once.
     """
 
     row_id: str
@@ -321,8 +326,8 @@ def load_splits(exp: StagedExperiment) -> tuple[list, list, bool]:
     given = sum(row.chosen is not None and row.rejected is not None for row in train)
     require(
         given in (0, len(train)),
-        f"--dataset {args.dataset}: {given} of {len(train)} rows have both chosen and rejected (or a and b); all must, "
-        "or none.",
+        f"--dataset {args.dataset}: {given} of {len(train)} rows have both chosen and rejected (or a and b); "
+        "all must, or none.",
     )
     if args.eval_dataset:
         require(given > 0, f"--eval-dataset needs pairs in --dataset too, and {args.dataset} has none.")
@@ -336,10 +341,11 @@ def load_splits(exp: StagedExperiment) -> tuple[list, list, bool]:
 
 
 def given_answers(exp: StagedExperiment, rows: list, prompts: int | None, seed: int) -> list[Answers]:
-    """The data set's own pairs to up to `prompts` prompts, in an order fixed by `seed`. A row without p was a choice.
+    """The data set's own pairs to up to `prompts` prompts, in an order fixed by `seed`. A row without p was a
+    choice.
 
-    Pairs that are longer than the flags say, or twice the same reply, are dropped and counted. Raises `UserError` if
-    none is left.
+    Pairs that are longer than the flags say, or twice the same reply, are dropped and counted. Raises
+    `UserError` if none is left.
     """
     args, tokenizer = exp.args, exp.tokenizer
     order, by_prompt, dropped = list(rows), defaultdict(list), Counter()
@@ -364,8 +370,8 @@ def given_answers(exp: StagedExperiment, rows: list, prompts: int | None, seed: 
 
 
 def judged_answers(exp: StagedExperiment, name: str, split: tuple, completions: int) -> list[Answers]:
-    """`completions` replies of the starting model to each prompt of `split` (rows, token ids), and the judge's
-    verdicts on all their pairs. The replies are kept in the run folder."""
+    """`completions` replies of the starting model to each prompt of `split` (rows, token ids), which the run
+    folder keeps, and the judge's verdicts on all their pairs."""
     args, (rows, prompts) = exp.args, split
     done = (exp.run.folder / "replies" / f"{name}.json").exists()
     model = None if done else exp.load(args.model)
@@ -384,31 +390,28 @@ def target(p: float, args: Args) -> float:
     return p if args.labels == "soft" else verdict(p)
 
 
-def examples_of_prompt(args: Args) -> int:
-    """Training examples that a prompt's samples make: see `to_learn`."""
-    pairs = len(pairs_of(args.samples_per_prompt)[0])
-    return 1 if args.kind == "reward" else min(pairs, args.pairs_per_prompt or pairs)
-
-
 def verdict(p: float) -> float:
     """Which reply a preference is for: 1 the first, 0 the second, ½ neither."""
     return 0.5 if p == 0.5 else float(p > 0.5)
 
 
 def to_learn(args: Args, answers: list[Answers]) -> list[Answers]:
-    """What one training example holds: for a reward model all replies to a prompt together, for a pairwise one a
-    pair, of which each prompt gives --pairs-per-prompt."""
+    """What one training example holds: for a reward model all replies to a prompt together, for a pairwise
+    one a pair, of which each prompt gives --pairs-per-prompt."""
     if args.kind == "reward":
         return answers
     chance, result = random.Random(args.seed), []
     for group in answers:
         pairs = group.pairs()
-        result += (
-            pairs
-            if args.pairs_per_prompt is None
-            else chance.sample(pairs, min(len(pairs), args.pairs_per_prompt))
-        )
+        chance.shuffle(pairs)
+        result += pairs[: args.pairs_per_prompt]
     return result
+
+
+def examples_of_prompt(args: Args) -> int:
+    """Training examples that `to_learn` makes of a prompt's samples."""
+    pairs = len(pairs_of(args.samples_per_prompt)[0])
+    return 1 if args.kind == "reward" else min(pairs, args.pairs_per_prompt or pairs)
 
 
 # --- training and measuring ---------------------------------------------------------------------
@@ -418,9 +421,8 @@ def train(exp: StagedExperiment, model, examples: list[Example], letters: tuple[
     """Minimise `comparison_loss` over the examples."""
 
     def loss_of(examples, data):
-        preferences = torch.tensor(
-            [example.preferences for example in examples], device=exp.device
-        )  # (G, O) or (G, 1)
+        targets = [example.preferences for example in examples]
+        preferences = torch.tensor(targets, device=exp.device)  # (G, O); (G, 1) for both orders of one pair
         z = log_odds(model, data, letters)  # (G, O)
         p = z.detach().sigmoid()
         agrees = ((p > 0.5) == (preferences > 0.5)) & (p != 0.5)
@@ -440,10 +442,6 @@ def measure(exp: StagedExperiment, judge: Judge, held_out: list[Answers]) -> dic
     asked, keys = [pair.asked for pair in pairs], [prompt_text(pair.asked) for pair in pairs]
     a, b = ([pair.replies[i] for pair in pairs] for i in (0, 1))
     truth = [pair.preferences[0] for pair in pairs]
-    require(
-        any(q != 0.5 for q in truth),
-        "every held-out pair is a tie: nothing to measure. Raise --eval-prompts.",
-    )
     swapped = None
     predicted = first = judge.preference(asked, a, b)  # (N,)
     if judge.score is None:
@@ -513,8 +511,8 @@ def count_cycles(exp: StagedExperiment, judge: Judge, pairs: list[Answers]) -> d
 def write_predictions(
     exp: StagedExperiment, pairs: list[Answers], p: list[float], first: list[float]
 ) -> None:
-    """predictions.jsonl: every held-out pair with what was preferred and what the judge answered (`first`: asked with
-    a first), so that anybody can count again."""
+    """predictions.jsonl: every held-out pair with what was preferred and what the judge answered (`first`:
+    asked with a first), so that anybody can count again."""
     with open(exp.run.folder / "predictions.jsonl", "w", encoding="utf-8") as file:
         for pair, prediction, one_order in zip(pairs, p, first, strict=True):
             row = {
@@ -538,7 +536,7 @@ def new_model(exp: StagedExperiment):
 
 
 def require_readable(exp: StagedExperiment, examples: list[Example]) -> None:
-    """Raise `UserError` if the judge would cut an example: then it would read other tokens than it learnt from."""
+    """Raise `UserError` if the judge would cut an example: it would read other tokens than it learnt from."""
     config = without_dropout(model_source(exp.args.model))
     limit = getattr(config, "max_position_embeddings", 8192)
     if exp.args.kind == "reward":
@@ -546,8 +544,8 @@ def require_readable(exp: StagedExperiment, examples: list[Example]) -> None:
     longest = max(len(example.prompt) + max(map(len, example.completions)) for example in examples)
     require(
         longest <= limit,
-        f"the judge would have to read {longest} tokens, and {exp.args.model} can read {limit}. Lower --max-prompt-length or "
-        "--max-new-tokens.",
+        f"the judge would have to read {longest} tokens, and {exp.args.model} can read {limit}. Lower "
+        "--max-prompt-length or --max-new-tokens.",
     )
 
 
@@ -577,6 +575,9 @@ def main(args: Args) -> None:
         exp.begin(stage_steps(args, len(asked[1]) * examples_of_prompt(args), args.epochs))
         learnt = to_learn(args, judged_answers(exp, "train", asked, each))
         held_out = judged_answers(exp, "held-out", aside, SHOWN)
+
+    told = [p for answers in held_out for p in answers.preferences if p != 0.5]
+    require(bool(told), "every held-out pair is a tie: nothing to measure. Raise --eval-prompts.")
 
     # 3. Train on what the judge will read.
     if "train" not in exp.done:

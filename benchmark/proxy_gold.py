@@ -1,13 +1,13 @@
-"""What a learned judge is worth once a policy is optimised against it: proxy and gold over training, in the shape of
-arXiv 2210.10760.
+"""What a learned judge is worth once a policy is optimised against it: proxy and gold over training, in the
+shape of arXiv 2210.10760.
 
     python benchmark/proxy_gold.py --seeds 2
 
-A reward model learns from the sentiment lexicon's verdicts (`python preference_model.py`). SELM and Nash-MD are then
-aligned with the reward model, the proxy, and `benchmark/watched.py` has their policies scored by the lexicon itself,
-the gold, which no step asks. Runs go to --run-dir and are reused if finished there;
-`benchmark/results/proxy_gold.json` keeps each run's command, commit, versions, summary and curves, proxy_gold.png the
-plot.
+A reward model learns from the sentiment lexicon's verdicts (`python preference_model.py`). SELM and Nash-MD
+are then aligned with the reward model, the proxy, and `benchmark/watched.py` has their policies scored by the
+lexicon itself, the gold, which no step asks. Runs go to --run-dir and are reused if finished there;
+`benchmark/results/proxy_gold.json` keeps each run's command, commit, versions, summary and curves,
+proxy_gold.png the plot.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def main(seeds: int = 2, run_dir: str = "runs/proxy_gold", judge: str | None = N
     for method, words in METHODS.items():
         for seed in range(1, seeds + 1):
             where = folder / f"{method}-seed{seed}"
-            command = f"benchmark/watched.py {words} --judge hf:{proxy}/model --seed {seed} --save-every 0 {flags}".strip()
+            command = (
+                f"benchmark/watched.py {words} --judge hf:{proxy}/model --seed {seed} --save-every 0 {flags}"
+            )
+            command = command.strip()
             run(command, where)
             lines = (where / "watched.jsonl").read_text().splitlines()
             rows.append(
@@ -81,7 +84,7 @@ def result(folder: Path, command: str) -> dict:
 def table(rows: list[dict]) -> str:
     """Markdown: for each run the ends of both curves, and the step at which gold was highest."""
     lines = [
-        "| run | KL, nats | proxy | gold | highest gold | proxy win rate | gold win rate | distinct bigrams |",
+        "| run | KL, nats | proxy | gold | highest gold | proxy win rate | gold win rate | distinct bigrams|",
         "|---" * 8 + "|",
     ]
     for row in rows:

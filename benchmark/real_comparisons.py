@@ -1,16 +1,16 @@
-"""Judges trained on real comparisons, beside the obvious baselines: GPT-4's choices on AlpacaEval, people's on
-HH-RLHF harmless.
+"""Judges trained on real comparisons, beside the obvious baselines: GPT-4's choices on AlpacaEval, people's
+on HH-RLHF harmless.
 
     python benchmark/real_comparisons.py alpaca-eval --data ../shared/data
     python benchmark/real_comparisons.py hh-harmless --data ../shared/data
 
-Runs go to --run-dir and are reused if finished there; `benchmark/results/comparisons_SET.json` keeps each run's
-command, commit, versions and summary, and the baselines on the same held-out pairs:
+Runs go to --run-dir and are reused if finished there; `benchmark/results/comparisons_SET.json` keeps each
+run's command, commit, versions and summary, and the baselines on the same held-out pairs:
 
     chance       ½
     longer       the reply with more characters
-    generator    AlpacaEval only: Bradley-Terry strengths of the models that wrote the replies, fitted to all training
-                 pairs. It never reads a reply; the same models wrote the test set's.
+    generator    AlpacaEval only: Bradley-Terry strengths of the models that wrote the replies, fitted to all
+                 training pairs. It never reads a reply; the same models wrote the test set's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SETS = {  # set: (training file, test file or None, flags)
     "alpaca-eval": (
         "alpaca_eval_gpt4_preferences_train.jsonl.gz",
         "alpaca_eval_gpt4_preferences_test.jsonl.gz",
-        "--num-prompts None --pairs-per-prompt 3 --max-prompt-length 128 --max-new-tokens 128 --eval-prompts 125",
+        "--num-prompts None --pairs-per-prompt 3 --eval-prompts 125 --max-prompt-length 128"
+        " --max-new-tokens 128",
     ),
     "hh-harmless": (
         "hh_rlhf_harmless_base_test.jsonl.gz",
@@ -102,7 +103,7 @@ def read(file: Path) -> list[dict]:
 
 
 def baselines_of(folder: Path, files: list[Path]) -> dict:
-    """Accuracy and interval of each baseline on the held-out pairs of a run, of which a is the preferred one."""
+    """Accuracy and interval of each baseline on a run's held-out pairs, of which a is the preferred one."""
     pairs = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     guesses = {"longer": [longer(pair) for pair in pairs]}
     if "chosen_model" in (test := read(files[-1]))[0]:
@@ -126,8 +127,8 @@ def longer(pair: dict) -> float:
 
 
 def strengths(rows: list[dict]) -> dict[str, float]:
-    """Bradley-Terry log-strengths of the generators. One side of every pair is the same model, so each other's
-    is its log-odds against that one; half a win is added to both sides."""
+    """Bradley-Terry log-strengths of the generators. One side of every pair is the same model, so each
+    other's is its log-odds against that one; half a win is added to both sides."""
     names = Counter(name for row in rows for name in (row["chosen_model"], row["rejected_model"]))
     hub, count = names.most_common(1)[0]
     assert count == len(rows), f"{hub} is not in every pair"
@@ -140,7 +141,8 @@ def strengths(rows: list[dict]) -> dict[str, float]:
 def table(runs: list[dict], baselines: dict) -> str:
     """Markdown: one line a judge or baseline."""
     lines = [
-        "| judge | accuracy | where the shorter reply is preferred | log-loss | calibration error | order agreement |",
+        "| judge | accuracy | … where the shorter reply is preferred | log-loss | calibration error "
+        "| order agreement |",
         "|---" * 6 + "|",
     ]
     for row in runs:

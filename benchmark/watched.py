@@ -1,7 +1,7 @@
-"""A script's run, watched by a second judge: every few steps the policy answers held-out prompts, and is scored by
-the judge it is trained on (the proxy) and by one that no step asks (the gold).
+"""A script's run, watched by a second judge: every few steps the policy answers held-out prompts, and is
+scored by the judge it is trained on (the proxy) and by one that no step asks (the gold).
 
-    python benchmark/watched.py selm --gold sentiment --judge hf:RUN/model --run-name x    # and selm.py's other flags
+    python benchmark/watched.py selm --gold sentiment --judge hf:RUN/model     # and selm.py's other flags
 
 Adds watched.jsonl to the run folder, a line for step 0 and every --every steps:
 

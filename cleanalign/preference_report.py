@@ -9,9 +9,8 @@ from pathlib import Path
 
 
 def plot_reliability(table: list[dict], path: Path, title: str) -> None:
-    """The reliability diagram of `statistics.reliability`: how often the favourite was preferred, over how sure
-    the judge was; the points' areas are the numbers of pairs. Without matplotlib nothing is drawn, and that is
-    said."""
+    """The diagram of `statistics.reliability`: how often the favourite was preferred, over how sure the judge
+    was; a point's area is its number of pairs. Without matplotlib nothing is drawn, and that is said."""
     try:
         import matplotlib
     except ImportError:
@@ -51,8 +50,8 @@ def report_text(summary: dict, folder: Path) -> str:
     low, high = summary["accuracy_interval"]
     lines = [
         "",
-        f"{summary['kind']} model from {summary['train_pairs']} pairs, on {summary['eval_pairs']} held-out pairs of "
-        f"{summary['eval_prompts']} prompts ({summary['eval_ties']} ties)",
+        f"{summary['kind']} model from {summary['train_pairs']} pairs, on {summary['eval_pairs']} held-out "
+        f"pairs of {summary['eval_prompts']} prompts, {summary['eval_ties']} of them ties",
         f"  accuracy                               {cell('accuracy')}  [{low:.3f}, {high:.3f}]",
         f"  … where the shorter reply is preferred {cell('accuracy_shorter_preferred')}  "
         f"({summary['pairs_shorter_preferred']} pairs)",
@@ -88,11 +87,11 @@ tags: [cleanalign, preference_model, {args.kind}]
 
 # {name}
 
-{args.model}, trained by cleanalign's `preference_model.py --kind {args.kind}` on {summary["train_pairs"]} pairs of \
-`{args.dataset}`. Use it with `--judge {asked}:FOLDER`.
+{args.model}, trained by cleanalign's `preference_model.py --kind {args.kind}` on {summary["train_pairs"]} \
+pairs of `{args.dataset}`. Use it with `--judge {asked}:FOLDER`.
 
-On {summary["eval_pairs"]} held-out pairs it prefers what was preferred at {summary["accuracy"]:.3f} (95 % interval \
-{low:.3f} to {high:.3f}), log-loss {summary["log_loss"]:.3f} nats, calibration error \
+On {summary["eval_pairs"]} held-out pairs its accuracy is {summary["accuracy"]:.3f} (95 % interval {low:.3f} \
+to {high:.3f}), its log-loss {summary["log_loss"]:.3f} nats, its calibration error \
 {summary["calibration_error"]:.3f}. All arguments:
 
 ```json

@@ -1,5 +1,5 @@
-"""Estimators over prompts: win rates and their intervals, repetition, Best-of-N; and over pairs: how good are a
-judge's probabilities."""
+"""Estimators over prompts: win rates and their intervals, repetition, Best-of-N; over pairs: how good a
+judge's probabilities are."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def judged_right(predicted: list[float], target: list[float]) -> list[float]:
 
 
 def clustered_interval(values: list[float], groups: list[str], resamples: int = 2000) -> list[float]:
-    """95 % percentile-bootstrap interval of the mean of `values`, by drawing whole groups (fixed seed): the pairs
-    of one prompt are no independent witnesses."""
+    """95 % percentile-bootstrap interval of the mean of `values`, by drawing whole groups (fixed seed): the
+    pairs of one prompt are no independent witnesses."""
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     which = torch.tensor([names[name] for name in groups])
     total, count = torch.zeros(2, len(names), dtype=torch.float64).unbind()

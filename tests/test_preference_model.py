@@ -1,5 +1,5 @@
-"""preference_model.py: its loss, the tokens it learns from, its folder as a judge, cycles, splits, resume, bad input;
-the estimators it reports."""
+"""preference_model.py: its loss, the tokens it learns from, its folder as a judge, cycles, splits, resume,
+bad input; the estimators it reports."""
 
 import json
 import math
@@ -111,7 +111,8 @@ DIALOGUE = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_from_the_very_numbers_that_the_judge_gives(kind, flags, answering, tmp_path):
-    """The log-odds in training, of pairs that share their beginning, are the finished judge's, one text a row."""
+    """The log-odds in training, of texts that share their beginning, are the finished judge's of one text a
+    row."""
     start(preference_model, *flags, f"--kind={kind}", "--max-steps=2", "--run-name=x")
     folder = tmp_path / "x" / "model"
     tokenizer, judge = load_tokenizer(str(folder)), judge_of(tmp_path / "x")
@@ -235,7 +236,7 @@ def test_a_pairwise_model_learns_a_cycle_and_a_reward_model_cannot(flags, tmp_pa
 
 
 def test_soft_labels_teach_how_much(flags, tmp_path):
-    """Everybody prefers by three to one: learnt as a choice the judge is sure, learnt as a share it is not."""
+    """Everybody prefers by three to one: learnt as a choice the judge is sure, as a share it is not."""
     rows = []
     for x, y in permutations(tiny.WORDS[:12], 2):
         rows.append({"prompt": f"{x} {y}", "a": f"bad {x}", "b": f"good {y}", "p": 0.25})
