@@ -111,9 +111,9 @@ class Args(RunArgs):
     """File of comparisons to measure on; None holds out --eval-prompts prompts of --dataset."""
     num_prompts: int | None = 320
     """Prompts to train on, in an order fixed by the seed; None is all of them."""
-    pairs_per_prompt: int | None = None
-    """Pairs of one prompt to learn from at most; None is all. A reward model reads sampled replies together
-    and learns from all their pairs in any case."""
+    pairs_per_prompt: int | None = 2
+    """Pairs of one prompt to learn from at most, or of a data set's to measure on; None is all. A reward model
+    reads sampled replies together and learns from all their pairs in any case."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; pairs with longer ones are dropped and counted."""
     judge: str = "sentiment"
@@ -182,6 +182,7 @@ HUB = Args(
     model="llama3-8b",
     dataset="ultrafeedback",
     num_prompts=None,
+    pairs_per_prompt=None,
     max_prompt_length=1024,
     max_new_tokens=1024,
     eval_judge=None,
@@ -201,6 +202,7 @@ RECIPES = {
     ),
     "pythia-1b-tldr": replace(HUB, model="pythia-1b-tldr", dataset="hh-helpful", max_prompt_length=512),
 }
+CURVES = ("train/loss", "train/accuracy", "train/confidence", "train/grad_norm")
 SHOWN = 3  # replies sampled for a held-out prompt: all their pairs are measured, and they make a triple
 
 
@@ -251,7 +253,8 @@ def log_odds(model, data: common.Batch, letters: tuple[int, int] | None) -> torc
 
 def pairs_of(K: int) -> tuple[list[int], list[int]]:
     """All pairs i < j of K replies, as two lists of indices."""
-    return torch.triu_indices(K, K, 1).tolist()
+    i, j = torch.triu_indices(K, K, 1).tolist()
+    return i, j
 
 
 # --- comparisons ---------------------------------------------------------------------------------
@@ -316,28 +319,39 @@ def reward_ids(tokenizer, prompt: Prompt, reply: str) -> list[int]:
     return ids
 
 
-def load_splits(exp: StagedExperiment) -> tuple[list, list, bool]:
-    """Rows to train on and rows to measure on, with disjoint prompts; and whether they are pairs.
+def load_answers(exp: StagedExperiment) -> tuple[list[Answers], list[Answers]]:
+    """What to learn from and what to measure on, with disjoint prompts; begins the run.
 
-    Raises `UserError` where only a part of the rows has both replies, or a prompt stands on both sides.
+    The data set's own pairs, or where it has none the model's answers and the judge's verdicts. Raises
+    `UserError` where only a part of the rows has both replies, or a prompt stands on both sides.
     """
     args = exp.args
-    train, test = load_rows(args.dataset, (), args.eval_prompts)
-    given = sum(row.chosen is not None and row.rejected is not None for row in train)
+    train_rows, test_rows = load_rows(args.dataset, (), args.eval_prompts)
+    given = sum(row.chosen is not None and row.rejected is not None for row in train_rows)
     require(
-        given in (0, len(train)),
-        f"--dataset {args.dataset}: {given} of {len(train)} rows have both chosen and rejected (or a and b); "
-        "all must, or none.",
+        given in (0, len(train_rows)),
+        f"--dataset {args.dataset}: {given} of {len(train_rows)} rows have both chosen and rejected (or a "
+        "and b); all must, or none.",
     )
     if args.eval_dataset:
         require(given > 0, f"--eval-dataset needs pairs in --dataset too, and {args.dataset} has none.")
-        train, test = [*train, *test], load_file(args.eval_dataset, ("chosen", "rejected"), "--eval-dataset")
-        require_no_leak(f"--dataset {args.dataset}", train, test)
+        train_rows += test_rows
+        test_rows = load_file(args.eval_dataset, ("chosen", "rejected"), "--eval-dataset")
+        require_no_leak(f"--dataset {args.dataset}", train_rows, test_rows)
     if given:
         print(f"{args.dataset}: pairs of the data set; --judge is not asked")
-    else:
-        print(f"{args.dataset}: no pairs; {args.model} answers, and the judge {args.judge} prefers")
-    return train, test, given > 0
+        learnt = to_learn(args, given_answers(exp, train_rows, args.num_prompts, args.seed))
+        held_out = given_answers(exp, test_rows, args.eval_prompts, 0)
+        exp.begin(stage_steps(args, len(learnt), args.epochs))
+        return learnt, held_out
+
+    print(f"{args.dataset}: no pairs; {args.model} answers, and the judge {args.judge} prefers")
+    encode = partial(common.encode_rows, exp.tokenizer, max_prompt_length=args.max_prompt_length)
+    asked = encode(train_rows, count=args.num_prompts, seed=args.seed, what="training prompts")
+    aside = encode(test_rows, count=args.eval_prompts, seed=0, what="held-out prompts")
+    exp.begin(stage_steps(args, len(asked[1]) * examples_of_prompt(args), args.epochs))
+    learnt = to_learn(args, judged_answers(exp, "train", asked, args.samples_per_prompt))
+    return learnt, judged_answers(exp, "held-out", aside, SHOWN)
 
 
 def given_answers(exp: StagedExperiment, rows: list, prompts: int | None, seed: int) -> list[Answers]:
@@ -553,33 +567,19 @@ def main(args: Args) -> None:
     """Train a judge: see the numbered steps, which docs/preference_model.md explains."""
     check_args(args)
 
-    # 1. Judge, tokenizer, data; the run folder.
+    # 1. Judge and tokenizer; the pairs, for which the model may have to answer; the run folder.
     exp = set_up_stages("preference_model", args)
     args, letters = exp.args, None
     if args.dry_run:
         letters = (0, 1)
     elif args.kind == "pairwise":
         letters = answer_tokens(exp.tokenizer, f"--model {args.model}")
-    train_rows, test_rows, given = load_splits(exp)
-    if given:
-        learnt = to_learn(args, given_answers(exp, train_rows, args.num_prompts, args.seed))
-        held_out = given_answers(exp, test_rows, args.eval_prompts, 0)
-        exp.begin(stage_steps(args, len(learnt), args.epochs))
-
-    # 2. Where the data set has no pairs: the model answers, the judge prefers.
-    else:
-        longest, each = args.max_prompt_length, args.samples_per_prompt
-        encode = partial(common.encode_rows, exp.tokenizer, max_prompt_length=longest)
-        asked = encode(train_rows, count=args.num_prompts, seed=args.seed, what="training prompts")
-        aside = encode(test_rows, count=args.eval_prompts, seed=0, what="held-out prompts")
-        exp.begin(stage_steps(args, len(asked[1]) * examples_of_prompt(args), args.epochs))
-        learnt = to_learn(args, judged_answers(exp, "train", asked, each))
-        held_out = judged_answers(exp, "held-out", aside, SHOWN)
-
+    learnt, held_out = load_answers(exp)
     told = [p for answers in held_out for p in answers.preferences if p != 0.5]
     require(bool(told), "every held-out pair is a tie: nothing to measure. Raise --eval-prompts.")
 
-    # 3. Train on what the judge will read.
+    # 2. Train on what the judge will read.
+    folder = exp.run.folder / "model"
     if "train" not in exp.done:
         examples = [example_of(exp.tokenizer, answers, args) for answers in learnt]
         model = new_model(exp)
@@ -588,26 +588,20 @@ def main(args: Args) -> None:
         train(exp, model, examples, letters)
         if args.dry_run:
             return exp.run.finish_dry_run(model)
-        base_model(
-            model
-        ).config.pad_token_id = exp.tokenizer.pad_token_id  # a classifier ends at its last other token
-        save_model(model, exp.tokenizer, exp.run.folder / "model")
+        # transformers takes a classifier's reward at the last token that is not this one
+        base_model(model).config.pad_token_id = exp.tokenizer.pad_token_id
+        save_model(model, exp.tokenizer, folder)
         exp.finish_stage("train")
         del model
 
-    # 4. Measure the folder as the judge it is.
-    spec = f"{'hf' if args.kind == 'reward' else 'pairwise'}:{exp.run.folder / 'model'}"
+    # 3. Measure the folder as the judge it is.
+    spec = f"{'hf' if args.kind == 'reward' else 'pairwise'}:{folder}"
+    pairs = sum(len(answers.preferences) for answers in learnt)
     with exp.run.phase("evaluation"):
-        summary = {
-            "kind": args.kind,
-            "judge": spec,
-            "train_pairs": sum(len(answers.preferences) for answers in learnt),
-        }
-        summary |= measure(exp, load_judge(spec, exp.device), held_out)
-    (exp.run.folder / "model" / "README.md").write_text(judge_card(exp.run.folder.name, args, summary))
-    exp.run.finish(
-        summary, ("train/loss", "train/accuracy", "train/confidence", "train/grad_norm"), report_text
-    )
+        summary = measure(exp, load_judge(spec, exp.device), held_out)
+    summary = {"kind": args.kind, "judge": spec, "train_pairs": pairs, **summary}
+    (folder / "README.md").write_text(judge_card(exp.run.folder.name, args, summary))
+    exp.run.finish(summary, CURVES, report_text)
 
 
 if __name__ == "__main__":

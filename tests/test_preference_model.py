@@ -41,6 +41,7 @@ def flags(flags, world, answering):
         *kept,
         f"--model={answering}",
         f"--dataset={world}/pairs.jsonl",
+        "--pairs-per-prompt=None",
         "--learning-rate=0.01",
         "--epochs=4",
     ]
