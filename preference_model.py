@@ -112,8 +112,8 @@ class Args(RunArgs):
     num_prompts: int | None = 320
     """Prompts to train on, in an order fixed by the seed; None is all of them."""
     pairs_per_prompt: int | None = 2
-    """Pairs of one prompt to learn from at most, or of a data set's to measure on; None is all. A reward model
-    reads sampled replies together and learns from all their pairs in any case."""
+    """Pairs of one prompt to learn from at most, or of a data set's to measure on; None is all. A reward
+    model reads sampled replies together and learns from all their pairs in any case."""
     max_prompt_length: int = 64
     """Longest prompt in tokens, chat template included; pairs with longer ones are dropped and counted."""
     judge: str = "sentiment"
@@ -139,7 +139,7 @@ class Args(RunArgs):
     learning_rate: float = 5e-5
     """Peak learning rate."""
     batch_size: int = 8
-    """Prompts with their replies (reward) or pairs (pairwise, and a data set's) in one optimiser step."""
+    """Examples in one optimiser step: pairs, or where a reward model learns from samples a prompt's together."""
     epochs: int = 1
     """Passes over the pairs."""
     warmup_ratio: float = 0.1
