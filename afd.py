@@ -86,7 +86,8 @@ class Args(RunArgs):
 
     # run
     save_every: int = 50
-    """Optimiser steps between checkpoints; 0: only when a stage is finished, at a signal, and when a judge fails."""
+    """Optimiser steps between checkpoints; 0: only when a
+    stage is finished, at a signal, and when a judge fails."""
 
     # model and data
     model: str = "smollm2-135m"

@@ -210,10 +210,11 @@ def sample(
         max_rows: rows decoded at once. Prompts are batched by length, each prefilled once for its
             completions.
         decoding: how a step is launched, see `resolve_decoding`.
-        stats: what is added to it: `tokens`, of this process's share; `warmup_seconds` and `warmup_steps`, first runs of a batch
-            shape, captures and compilation. A mixture sets `agreement`, the share of tokens at which both
-            models' most likely token is the same, and where it drafts (`DraftingDecoder`) `draft_acceptance`,
-            the share of the policy's drafts that the mixture draws too.
+        stats: what is added to it: `tokens`, of this process's share; `warmup_seconds` and `warmup_steps`,
+            first runs of a batch shape, captures and compilation. A mixture sets `agreement`, the share of
+            tokens at which both models' most likely token is the same, and where it drafts
+            (`DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws
+            too.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
@@ -510,8 +511,8 @@ def by_size(prompts: list[list[int]], completions: list[list[list[int]]]) -> lis
 def shares(
     prompts: list[list[int]], completions: list[list[list[int]]], max_tokens: int
 ) -> list[list[list[int]]]:
-    """Each process's `micro_batches`: the prompts are dealt out by size, so that all have about as much to do. A
-    process may be left without any."""
+    """Each process's `micro_batches`: the prompts are dealt out by size, so that all have about as much to
+    do. A process may be left without any."""
     order, result = by_size(prompts, completions), []
     for rank in range(distributed.world()):
         own = order[rank :: distributed.world()]
@@ -521,11 +522,11 @@ def shares(
 
 
 class Means:
-    """Means over a step of what its micro-batches measured, weighted by their prompts; of several processes, over
-    all of theirs. Kept on the device and read from it once.
+    """Means over a step of what its micro-batches measured, weighted by their prompts; of several processes,
+    over all of theirs. Kept on the device and read from it once.
 
-    What is measured is a mean over the micro-batch's prompts, or a pair: a sum and what it is to be divided by,
-    for means over tokens. Neither kind depends on how the step is split.
+    What is measured is a mean over the micro-batch's prompts, or a pair: a sum and what it is to be divided
+    by, for means over tokens. Neither kind depends on how the step is split.
     """
 
     def __init__(self, prompts: int):

@@ -127,8 +127,8 @@ class Args:
     eval_prompts: int = 128
     """Held-out prompts of --dataset; files of answers without it, and benchmarks, are taken whole."""
     max_prompt_length: int = 64
-    """Longest prompt in tokens, chat template included; longer ones are dropped for all models and
-    counted."""
+    """Longest prompt in tokens, chat template included;
+    longer ones are dropped for all models and counted."""
     common_prompts: bool = False
     """Compare on the prompts that all files of answers have, instead of refusing files that lack some."""
     benchmark: Literal["none", "alpaca_eval", "mt_bench"] = "none"
@@ -288,8 +288,8 @@ def identity_of(source: str, kept: Kept) -> str:
 
 
 def differences(one: Contender, args: Args) -> list[str]:
-    """Flags that a run was trained with and that differ here: a warning, as its answers are other ones
-    then."""
+    """Flags that a run was trained with and that differ
+    here: a warning, as its answers are other ones then."""
     file = Path(one.source).parent / "args.json"
     if one.answers is not None or not file.is_file():
         return []
@@ -305,8 +305,8 @@ def differences(one: Contender, args: Args) -> list[str]:
 
 
 def rows_of(args: Args, contenders: list[Contender]) -> list[Row]:
-    """The prompts that are to be answered, in their order. Raises `UserError` for one that a file of answers
-    lacks."""
+    """The prompts that are to be answered, in their order.
+    Raises `UserError` for one that a file of answers lacks."""
     files = [one for one in contenders if one.answers is not None]
     if args.benchmark == "alpaca_eval":
         rows = (
@@ -365,8 +365,8 @@ def fitting(rows: list[Row], args: Args, contenders: list[Contender]) -> list[Ro
 
 @dataclass
 class Answering:
-    """What sampling needs: the flags, where and in what precision, what is kept, and a count of replies
-    sampled."""
+    """What sampling needs: the flags, where and in what
+    precision, what is kept, and a count of replies sampled."""
 
     args: Args
     kept: Kept
@@ -407,8 +407,8 @@ def answer(now: Answering, one: Contender, prompts: list, temperature: float) ->
 
 
 def sample_part(now: Answering, one: Contender, tokens: list[list[int]], more: dict) -> list[str]:
-    """One reply to each prompt by the model, which is loaded if it is not there yet; the one before is let
-    go."""
+    """One reply to each prompt by the model, which is loaded
+    if it is not there yet; the one before is let go."""
     args = now.args
     if now.loaded is None or now.loaded[0] != one.name:
         now.loaded = None
@@ -672,7 +672,8 @@ def parse(argv: list[str]) -> Args:
 
 
 def models_first(argv: list[str]) -> list[str]:
-    """`argv` with the models in front, as tyro wants them in one place: `a --judge x b` is what people type."""
+    """`argv` with the models in front, as tyro wants them
+    in one place: `a --judge x b` is what people type."""
     switches = ["--common-prompts", "--no-common-prompts", "--length-controlled", "--no-length-controlled"]
     models, flags, words = [], [], iter(argv)
     for word in words:

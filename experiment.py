@@ -107,17 +107,19 @@ class RunArgs:
     judge_concurrency: int = 8
     """Requests to a judge openai:MODEL that are under way at once."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay in the run folder, the newest ones: a damaged one is passed over for the one before it."""
+    """Checkpoints that stay in the run folder, the newest ones: a damaged one is passed over for the one
+    before it."""
     save_async: Literal["auto", "on", "off"] = "auto"
-    """Copy a checkpoint to host memory and write it while training goes on: it costs that memory. auto is on with a GPU."""
+    """Copy a checkpoint to host memory and write it while training goes on: it costs that memory. auto is on
+    with a GPU."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
     dry_run: bool = False
     """Rehearse one step at the greatest lengths on random weights in this model's shapes, and report memory
     and speed by phase."""
     processes: int | None = None
-    """With --dry-run: foresee the memory of each of so many processes, without having them. (A run has those that
-    torchrun starts.)"""
+    """With --dry-run: foresee the memory of each of so many processes, without having them. (A run has those
+    that torchrun starts.)"""
 
 
 def check_common(args) -> None:
@@ -181,7 +183,8 @@ class Experiment:
         count = distributed.world()
         require(
             len(self.rows) >= count,
-            f"{count} processes and {len(self.rows)} training prompts: some would never have any. Start fewer.",
+            f"{count} processes and {len(self.rows)} training prompts: some would never have any. Start "
+            "fewer.",
         )
         announce_costs(self, comparisons)
         self.run = Run(self.script, self.args, steps)
@@ -213,8 +216,8 @@ class Experiment:
         return [[common.decode(self.tokenizer, reply) for reply in group] for group in replies]
 
     def finish(self, curves: tuple[str, ...], more: dict | None = None) -> None:
-        """Save the policy; then compare it with the starting model on held-out prompts; write summary (with `more` in
-        it) and curves. What is compared is what was saved: with LoRA the merged weights."""
+        """Save the policy; then compare it with the starting model on held-out prompts; write summary (with
+        `more` in it) and curves. What is compared is what was saved: with LoRA the merged weights."""
         if self.args.dry_run:
             return self.run.finish_dry_run(self.policy)
         folder = self.run.folder / "model"
@@ -310,7 +313,8 @@ def count_weights(model) -> tuple[int, int]:
 
 
 def disk_bytes(exp: Experiment) -> int:
-    """Bytes that a run will write: its checkpoints, one more while that is written, the models it saves, its logs."""
+    """Bytes that a run will write: its checkpoints, one more
+    while that is written, the models it saves, its logs."""
     args, holds = exp.args, exp.args.holds()
     states = bytes_per_weight(args.optimizer_states, exp.dtype)
     per_weight = sum(states.values()) - states["gradient"] + 4 * holds.average
@@ -399,8 +403,8 @@ class StagedExperiment(Experiment):
         return make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
 
     def kept_samples(self, name: str, model, prompts: list[list[int]], completions: int):
-        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads
-        them."""
+        """Samples [prompt][completion] of `model`, kept in the
+        run folder under `name`: a resumed run reads them."""
 
         def draw():
             seed, progress = common.derive_seed(self.args.seed, name), f"sampling: {name}"
@@ -648,8 +652,8 @@ def starting(exp: Experiment):
 def write_samples(
     exp: Experiment, texts: dict[str, list[str]], p: list[float], p_eval: list[float] | None
 ) -> None:
-    """samples.jsonl: all held-out prompts, both answers and what the judges say, so that anybody can count
-    again."""
+    """samples.jsonl: all held-out prompts, both answers and
+    what the judges say, so that anybody can count again."""
     if distributed.rank() != 0:
         return
     columns = (exp.eval_rows, texts["start"], texts["policy"], p, p_eval or [None] * len(p))

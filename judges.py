@@ -38,7 +38,7 @@ from cleanalign import distributed, synthetic
 from cleanalign.data import Prompt, prompt_text, write_dialogue
 from cleanalign.decoding import left_pad
 from cleanalign.errors import JudgeFailure, UserError, near, optional_import, require
-from cleanalign.models import hub_errors, try_template
+from cleanalign.models import backbone, head, head_logits, hub_errors, try_template
 from cleanalign.openai_judge import JudgeSettings, OpenAIJudge
 
 LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so certain cases reach p = .98
@@ -72,9 +72,9 @@ def load_judge(
     """The judge that `spec` names (see the module's docstring); `settings` say how one behind a network is
     asked. Raises `UserError` for one that is not there.
 
-    Whatever goes wrong when it is asked (an exception, a time-out, a wrong number of values, NaN, a preference
-    outside [0, 1]) is a `JudgeFailure`, by which a run knows to checkpoint first. Of several processes each asks its
-    own copy about a share of the rows, and all get every answer, or the failure.
+    Whatever goes wrong when it is asked (an exception, a time-out, a wrong number of values, NaN, a
+    preference outside [0, 1]) is a `JudgeFailure`, by which a run knows to checkpoint first. Of several
+    processes each asks its own copy about a share of the rows, and all get every answer, or the failure.
     """
     judge = _make_judge(spec, device, flag, settings or JudgeSettings())
     judge.preference = _checked(judge.preference, f"{flag} {spec}", "p(a ≻ b)", greatest=1.0)
@@ -100,7 +100,8 @@ def _dealt(ask: Callable) -> Callable:
 
 
 def _checked(ask: Callable, judge: str, what: str, greatest: float = math.inf) -> Callable:
-    """`ask`, its answers checked: one finite value for each row, and in [0, greatest] where that is finite."""
+    """`ask`, its answers checked: one finite value for each
+    row, and in [0, greatest] where that is finite."""
 
     def answer(*columns):
         try:
@@ -224,16 +225,35 @@ def cycle_measure(replies: list[str]) -> dict[str, float]:
 # --- reward models --------------------------------------------------------------------------
 
 
-def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16) -> Callable:
-    """score(prompts, replies) of a sequence-classification model, read through its own tokenizer and
-    template.
+def reward_text(tokenizer, prompt: Prompt, reply: str) -> tuple[str, ...]:
+    """What a reward model with this tokenizer is given to read of a prompt and a reply: one text, or for an
+    encoder two.
 
     With a chat template the conversation goes through it. Without one, an encoder gets the pair (prompt,
-    reply); a decoder
-    what a policy without one reads and writes: a plain prompt and the reply after a space (TL;DR's reward
-    models are trained so), or a list of messages as HH-RLHF's "Human: … Assistant: …" text. One label is the
-    reward; of two, the second's logit minus the first's. Texts longer than the model's limit lose their
-    beginning, never the reply's end.
+    reply); a decoder what a policy without one reads and writes: a plain prompt and the reply after a space
+    (TL;DR's reward models are trained so), or a list of messages as HH-RLHF's "Human: … Assistant: …" text.
+    """
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    whole = [*messages, {"role": "assistant", "content": reply}]
+    if tokenizer.chat_template:
+        return (tokenizer.apply_chat_template(whole, tokenize=False),)
+    if tokenizer.sep_token is not None:
+        return (prompt_text(prompt), reply)
+    return (f"{prompt.rstrip()} {reply}" if isinstance(prompt, str) else write_dialogue(whole),)
+
+
+def reward_limit(tokenizer, config) -> int:
+    """Tokens that a reward model reads of a text; of a longer one it reads the end."""
+    return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2048), 4096)
+
+
+def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16) -> Callable:
+    """score(prompts, replies) of a sequence-classification model, read through its own tokenizer and template
+    (`reward_text`).
+
+    One label is the reward; of two, the second's logit minus the first's. Texts longer than the model's limit
+    lose their beginning, never the reply's end. The head computes in float32: in bfloat16, replies that are
+    nearly as good would tie.
     """
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
     with hub_errors(flag, name):
@@ -255,20 +275,13 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2048), 4096)
-
-    def as_input(prompt: Prompt, reply: str):
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        whole = [*messages, {"role": "assistant", "content": reply}]
-        if tokenizer.chat_template:
-            return (tokenizer.apply_chat_template(whole, tokenize=False),)
-        if tokenizer.sep_token is not None:
-            return (prompt_text(prompt), reply)
-        return (f"{prompt.rstrip()} {reply}" if isinstance(prompt, str) else write_dialogue(whole),)
+    limit = reward_limit(tokenizer, model.config)
+    if isinstance(getattr(model, "score", None), torch.nn.Linear):
+        model.score.float().register_forward_pre_hook(lambda _, hidden: (hidden[0].float(),))
 
     @torch.inference_mode()
     def score(prompts, replies):
-        texts = [as_input(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+        texts = [reward_text(tokenizer, *row) for row in zip(prompts, replies, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
         scores = torch.zeros(len(texts))
         for start in tqdm(
@@ -516,14 +529,38 @@ def pairwise_question(prompt: Prompt, a: str, b: str) -> str:
     return f"[CONTEXT] \n{context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
 
 
+def question_ids(tokenizer, prompt: Prompt, a: str, b: str) -> list[int]:
+    """`pairwise_question` as token ids: a user's message in the chat template, without the
+    beginning-of-sequence token, up to the assistant's header. The answer is the next token."""
+    message = {"role": "user", "content": pairwise_question(prompt, a, b)}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    text = text.replace(tokenizer.bos_token, "") if tokenizer.bos_token else text
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def answer_tokens(tokenizer, what: str) -> tuple[int, int]:
+    """The ids of A and B. Raises `UserError`, which begins
+    with `what`, for a tokenizer that cannot be asked so."""
+    require(
+        bool(tokenizer.chat_template), f"{what}: its tokenizer has no chat template, so it cannot be asked."
+    )
+    try_template(tokenizer, what)
+    answers = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+    single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
+    require(
+        single,
+        f"{what}: A and B must be one token each, and not the same; they are {answers[0]} and {answers[1]}.",
+    )
+    return answers[0][0], answers[1][0]
+
+
 def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 16_384) -> Callable:
     """preference(prompts, a, b) of a causal model that answers A or B: p(a ≻ b) = σ(logit of A − logit of B),
     at temperature 1.
 
-    One order; `both_orders` averages the two, as the model's card does. The question is a user's message in
-    the model's chat template, without the beginning-of-sequence token; the answer's first token is read after
-    the assistant's header. A question longer than the model's limit loses its beginning. `max_tokens` bounds
-    a forward pass, padding included.
+    One order; `both_orders` averages the two, as the model's card does. A question (`question_ids`) longer
+    than the model's limit loses its beginning. The two logits are computed in float32: in bfloat16 those of
+    size 20 are an eighth apart. `max_tokens` bounds a forward pass, padding included.
     """
     require(bool(name), f"{flag} pairwise:ID needs a hub id or folder after 'pairwise:'.")
     with hub_errors(flag, name):
@@ -534,42 +571,24 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
             .eval()
             .requires_grad_(False)
         )
-    require(
-        bool(tokenizer.chat_template),
-        f"{flag} pairwise:{name}: its tokenizer has no chat template, so it cannot be asked.",
-    )
-    try_template(tokenizer, f"{flag} pairwise:{name}")
-    answers = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
-    single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
-    require(
-        single,
-        f"{flag} pairwise:{name}: A and B must be one token each, and not the same; they are {answers[0]} "
-        f"and {answers[1]}.",
-    )
-    token_a, token_b = answers[0][0], answers[1][0]
+    letters = answer_tokens(tokenizer, f"{flag} pairwise:{name}")
+    weight, bias, softcap = head(model)
+    weight = weight[list(letters)].float()  # (2, D)
+    bias = None if bias is None else bias[list(letters)].float()
     limit = getattr(model.config, "max_position_embeddings", 8192)
-
-    def question_ids(prompt, a, b):
-        message = {"role": "user", "content": pairwise_question(prompt, a, b)}
-        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        text = text.replace(tokenizer.bos_token, "") if tokenizer.bos_token else text
-        return tokenizer.encode(text, add_special_tokens=False)[-limit:]
 
     @torch.inference_mode()
     def preference(prompts, a, b):
-        rows = [question_ids(*row) for row in zip(prompts, a, b, strict=True)]
+        rows = [question_ids(tokenizer, *row)[-limit:] for row in zip(prompts, a, b, strict=True)]
         difference = torch.zeros(len(rows))
         for part in tqdm(by_length(rows, max_tokens), desc="judge", leave=False, disable=len(rows) < 128):
             ids, mask = left_pad([rows[i] for i in part], device)  # (b, L)
             places = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = (
-                model(
-                    input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False
-                )
-                .logits[:, -1]
-                .float()
-            )
-            difference[part] = (logits[:, token_a] - logits[:, token_b]).cpu()
+            hidden = backbone(model)(
+                input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
+            ).last_hidden_state[:, -1]  # (b, D)
+            logits = head_logits(hidden.float(), weight, bias, softcap)  # (b, 2)
+            difference[part] = (logits[:, 0] - logits[:, 1]).cpu()
         return torch.sigmoid(difference)
 
     return preference

@@ -69,13 +69,18 @@ def new_reward_model(exp: StagedExperiment, source: str):
     return model
 
 
-def reward_scores(model, data: common.Batch) -> torch.Tensor:
-    """(G, K) scalars, float32, differentiable, of replies as `collate_read` lays them out."""
+def last_states(model, data: common.Batch) -> torch.Tensor:
+    """(G, K, D) hidden states, float32, differentiable, that have read all of a row laid out by
+    `collate_read`."""
     hidden = common.completion_hidden(model, data)  # (G, K, T, D)
     last = (data.mask.sum(-1).long() - 1).clamp(min=0)  # (G, K): has seen every token but the placeholder
     index = last[:, :, None, None].expand(-1, -1, 1, hidden.shape[-1])
-    states = hidden.gather(2, index)[:, :, 0]  # (G, K, D)
-    return base_model(model).score(states.float())[..., 0]
+    return hidden.gather(2, index)[:, :, 0].float()
+
+
+def reward_scores(model, data: common.Batch) -> torch.Tensor:
+    """(G, K) scalars, float32, differentiable, of replies as `collate_read` lays them out."""
+    return base_model(model).score(last_states(model, data))[..., 0]
 
 
 def as_read(completion: list[int], ends: list[int], hide_end: bool) -> list[int]:

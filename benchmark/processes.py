@@ -120,7 +120,8 @@ class Nursery:
         return json.loads(self.process.stdout.readline())
 
     def start(self, argvs: list[list[str]], folder: Path, **env) -> list[int]:
-        """Process ids of a run's processes, one for each of `argvs` (script and flags), their output in `folder`."""
+        """Process ids of a run's processes, one for each of `argvs` (script and flags), their output in
+        `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         port, pids = free_port(), []
         for rank, argv in enumerate(argvs):
@@ -276,7 +277,8 @@ LONG = ["--epochs=4", "--save-every=1"]  # of the run that is killed: a third of
 
 
 def killed(nursery: Nursery, here: Path, name: str, after: float, victim: int) -> dict:
-    """Start a run on 2 processes, kill -9 one of them so long after its folder appeared; how the other one ended."""
+    """Start a run on 2 processes, kill -9 one of them so long after its folder appeared; how the other one
+    ended."""
     script, argv = flags(here, "selm", "all weights", here / "runs", name)
     pids = nursery.start([[script, *argv, *LONG]] * 2, here / "output" / name)
     while not (here / "runs" / name / "args.json").exists():
@@ -404,7 +406,8 @@ def measured(kind: str, states: str) -> None:
 
 
 def bytes_on_the_wire() -> int:
-    """Bytes that this process has sent over TCP, as the kernel counts them (tcpi_bytes_sent of every open socket)."""
+    """Bytes that this process has sent over TCP, as the kernel counts them (tcpi_bytes_sent of every open
+    socket)."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -476,7 +479,8 @@ def default() -> None:
 
 
 def unchanged(commit: str) -> None:
-    """One process: whole runs as `commit` has them, and the speed of some steps of the default run, in turn."""
+    """One process: whole runs as `commit` has them, and the speed of some steps of the default run, in
+    turn."""
     same, table = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         here, before = world(Path(scratch)), Path(scratch) / "before"

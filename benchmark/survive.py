@@ -3,9 +3,9 @@
     python benchmark/survive.py                     # all of it
     python benchmark/survive.py --parts kills --count 10
 
-Whole runs of every script on a tiny random model, each in a process of its own, forked from one that has imported
-everything. Times are in the results for orientation; what counts is that nothing was lost. Results are merged into
-benchmark/results/survive.json, a part at a time.
+Whole runs of every script on a tiny random model, each in a process of its own, forked from one that has
+imported everything. Times are in the results for orientation; what counts is that nothing was lost. Results
+are merged into benchmark/results/survive.json, a part at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ COUNTS = {"kills": 100, "writes": 200, "fuzz": 1000, "signals": 20, "starts": 50
 
 SHORT = ["--num-prompts=32", "--max-steps=6", "--save-every=1"]
 DEMONSTRATIONS = [
-    "--dataset=demonstrations.jsonl", "--min-demonstration-score=None", "--num-prompts=24", "--judge=judges.py:goodness",
+    "--dataset=demonstrations.jsonl", "--min-demonstration-score=None", "--num-prompts=24", "
+    ""--judge=judges.py:goodness",
     "--learning-rate=1e-3", "--save-every=1", "--max-steps=3",
 ]  # fmt: skip
 AFD = [*DEMONSTRATIONS, "--dev-prompts=8", "--reward-prompts=12", "--max-n=3", "--samples-per-prompt=3"]
@@ -69,8 +70,10 @@ RUNS = {  # name: (script, flags)
     "spin": (spin, DEMONSTRATIONS),
 }
 COMMON = [
-    "--model=model", "--dataset=prompts.jsonl", "--judge=judges.py:more_good", "--eval-judge=None", "--device=cpu",
-    "--dtype=float32", "--max-new-tokens=6", "--eval-prompts=8", "--batch-size=8", "--micro-batch-tokens=4096",
+    "--model=model", "--dataset=prompts.jsonl", "--judge=judges.py:more_good", "--eval-judge=None", "
+    ""--device=cpu",
+    "--dtype=float32", "--max-new-tokens=6", "--eval-prompts=8", "--batch-size=8", "
+    ""--micro-batch-tokens=4096",
 ]  # fmt: skip
 
 
@@ -86,7 +89,8 @@ class Child:
     started: float
 
     def wait(self, seconds: float = 120.0) -> int | None:
-        """Its exit code (minus the signal that ended it), or None where it was still there and had to be killed."""
+        """Its exit code (minus the signal that ended it), or None where it was still there and had to be
+        killed."""
         while time.perf_counter() - self.started < seconds:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
@@ -224,7 +228,8 @@ def stage_of(folder: Path) -> str:
 
 
 def writes(world: Path, count: int) -> dict:
-    """Writes that fail at a random one of a run's calls: for good (a full disk, no rights) or once (an I/O error)."""
+    """Writes that fail at a random one of a run's calls: for good (a full disk, no rights) or once (an I/O
+    error)."""
     library = Path(tempfile.gettempdir()) / f"faults-{os.getuid()}.so"
     source = Path(__file__).with_name("faults.c")
     if os.environ.get("LD_PRELOAD") != str(library):  # begin again with the shim under Python
@@ -311,7 +316,8 @@ def damaged_checkpoints(folder: Path) -> list[str]:
 
 
 def signals(world: Path, count: int) -> dict:
-    """SIGTERM (and now and then SIGUSR1 or Ctrl-C) at random moments; how long until the end; resumed exactly?"""
+    """SIGTERM (and now and then SIGUSR1 or Ctrl-C) at random moments; how long until the end; resumed
+    exactly?"""
     draw, wrong, seconds, codes = random.Random(0), [], [], {}
     whole = {name: uninterrupted(world, name) for name in RUNS}
     for i in tqdm(range(count), desc="signals"):
@@ -359,7 +365,8 @@ def verdict_with(world: Path, name: str, run_name: str, flags: list[str], whole:
 
 
 def starts(world: Path, count: int) -> dict:
-    """Two processes on one folder at once, half of them to start it, half to resume it: exactly one goes on."""
+    """Two processes on one folder at once, half of them to start it, half to resume it: exactly one goes
+    on."""
     wrong = []
     script, flags = RUNS["ipo"]
     whole, _ = uninterrupted(world, "ipo")
@@ -400,7 +407,8 @@ print("seconds of saving", sum(spent))
 
 
 def saving(world: Path, count: int) -> dict:
-    """Share of a default run's seconds that go into saving, before and now (its two threads, its default model)."""
+    """Share of a default run's seconds that go into saving, before and now (its two threads, its default
+    model)."""
     del count
     checkout = world / "before"
     subprocess.run(["git", "worktree", "add", "--detach", checkout, BEFORE], cwd=record.ROOT, check=True)
@@ -440,7 +448,8 @@ def share(folder: Path, spent: float) -> dict:
 
 
 def fuzz(world: Path, count: int) -> dict:
-    """Broken and hostile inputs: never a traceback, never a hang above 60 s, never a file changed that is not the run's."""
+    """Broken and hostile inputs: never a traceback, never a hang above 60 s, never a file changed that is not
+    the run's."""
     import survive_fuzz
 
     return survive_fuzz.fuzz(world, count, launch, COMMON, ipo_md)

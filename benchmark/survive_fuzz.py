@@ -1,7 +1,8 @@
-"""Broken and hostile inputs for `survive.py fuzz`: made by hypothesis, given to a whole run in a process of its own.
+"""Broken and hostile inputs for `survive.py fuzz`: made by hypothesis, given to a whole run in a process of
+its own.
 
-Kinds: JSONL rows (bytes and odd values), parquet (odd columns and flipped bytes), a run folder's args.json, metrics.jsonl
-and checkpoint files, a model folder's config, weights, tokenizer and chat template.
+Kinds: JSONL rows (bytes and odd values), parquet (odd columns and flipped bytes), a run folder's args.json,
+metrics.jsonl and checkpoint files, a model folder's config, weights, tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ TEMPLATES = st.sampled_from(
 )
 CONFIG_CHANGES = st.dictionaries(
     st.sampled_from(
-        "hidden_size num_hidden_layers vocab_size model_type architectures auto_map num_attention_heads head_dim torch_dtype "
+        "hidden_size num_hidden_layers vocab_size model_type architectures auto_map num_attention_heads "
+        "head_dim torch_dtype "
         "rope_scaling rope_parameters quantization_config tie_word_embeddings eos_token_id max_position_embeddings".split()
     ),
     st.one_of(
@@ -143,7 +145,8 @@ def logs(folder: Path, draw) -> list[str]:
 
 
 def states(folder: Path, draw) -> list[str]:
-    """A stopped run with damaged checkpoints: one file or several of them, pickles that would run code among them."""
+    """A stopped run with damaged checkpoints: one file or several of them, pickles that would run code among
+    them."""
     run = a_stopped_run(folder)
     files = sorted(file for file in run.glob("checkpoint/*/*") if file.is_file())
     for file in draw(st.lists(st.sampled_from(files), min_size=1, max_size=4, unique=True)):

@@ -31,8 +31,8 @@ MT_BENCH_TEMPERATURE = {  # by category, FastChat's temperature_config; .7 elsew
 
 
 def alpaca_rows(path: Path) -> list[Row]:
-    """Rows of AlpacaEval's JSON: a list of objects with `instruction` and, where they are answers,
-    `output`."""
+    """Rows of AlpacaEval's JSON: a list of objects with
+    `instruction` and, where they are answers, `output`."""
     require(path.is_file(), f"{path}: no such file.")
     try:
         objects = json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
 """Checkpoints: written whole or not at all, checked when they are read, the last few kept.
 
-checkpoint/NNNN-step-S/ holds state.pt, metrics.jsonl as it stood then, and manifest.json with every file's size and
-SHA-256. It appears by one rename. A damaged one is passed over, saying so, for the one before it.
+checkpoint/NNNN-step-S/ holds state.pt, metrics.jsonl as it stood then, and manifest.json with every file's
+size and SHA-256. It appears by one rename. A damaged one is passed over, saying so, for the one before it.
 
-Of several processes each writes its shards (what has "offsets": where its part of every weight begins) into a file of
-its own, state-1.pt and so on; the first writes the rest and renames when all are there. Any number of processes can
-read them.
+Of several processes each writes its shards (what has "offsets": where its part of every weight begins) into a
+file of its own, state-1.pt and so on; the first writes the rest and renames when all are there. Any number of
+processes can read them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Checkpoints:
         self.failure: UserError | None = None
 
     def save(self, step: int, state: dict, metrics: str) -> None:
-        """Write a checkpoint of `state` (tensors, numbers, text in lists and dictionaries) and of metrics.jsonl.
+        """Write a checkpoint of `state` (tensors, numbers, text in lists and dictionaries) and of
+        metrics.jsonl.
 
         Raises `UserError` when the disk refuses; the checkpoints before it stay.
         """
@@ -118,8 +119,8 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def _of_others(self, new: Path) -> dict[str, dict]:
-        """What the other processes have written, once they have: no message of theirs could come in between what the
-        processes say to each other while training goes on."""
+        """What the other processes have written, once they have: no message of theirs could come in between
+        what the processes say to each other while training goes on."""
         files = {}
         for rank in range(1, distributed.world()):
             part = new / f"part-{rank}.json"
@@ -150,14 +151,16 @@ class Checkpoints:
             return read(path), (path / "metrics.jsonl").read_text(encoding="utf-8")
         require(
             not damaged,
-            f"--resume: none of the checkpoints in {self.folder} is whole ({len(damaged)} damaged). Restore one from a "
+            f"--resume: none of the checkpoints in {self.folder} is whole ({len(damaged)} damaged). Restore "
+            "one from a "
             "backup, or move that folder away to begin from the first step.",
         )
         return None
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's folder, or None. Of several processes each looks at some of its files."""
+    """What is wrong with a checkpoint's folder, or None. Of
+    several processes each looks at some of its files."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name in distributed.mine(sorted(manifest["files"])):
@@ -173,8 +176,8 @@ def damage(path: Path) -> str | None:
 
 
 def read(path: Path) -> dict:
-    """The state in a checkpoint's folder, its shards as lists with one of each process that wrote it. Only tensors and
-    plain values are read (`weights_only`): nothing in it can run."""
+    """The state in a checkpoint's folder, its shards as lists with one of each process that wrote it. Only
+    tensors and plain values are read (`weights_only`): nothing in it can run."""
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     require("state.pt" in manifest["files"] and "metrics.jsonl" in manifest["files"], "files are missing")
     parts = []

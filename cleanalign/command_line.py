@@ -22,13 +22,13 @@ from cleanalign.run import Run, default_name
 from cleanalign.signals import Stopped, signals
 from cleanalign.storage import read_json
 
-SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin")
+SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin", "preference_model", "evaluate")
 
 
 def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -> None:
-    """Parse `argv` over the recipe that `--model` names and run `main(args)`. A user's mistake ends with one message
-    and exit code 2, a signal with a checkpoint and the codes that `cleanalign.signals` lists. Several processes end
-    together."""
+    """Parse `argv` over the recipe that `--model` names and run `main(args)`. A user's mistake ends with one
+    message and exit code 2, a signal with a checkpoint and the codes that `cleanalign.signals` lists. Several
+    processes end together."""
     argv = sys.argv[1:] if argv is None else argv
     with signals.listening(), distributed.ending_together():
         try:
@@ -80,8 +80,8 @@ def require_same_everywhere(args) -> None:
 
 
 def parse(recipes: dict, argv: list[str]):
-    """Args from flags over a recipe's values, or over a run folder's when `--resume` is given. None: with `--resume
-    auto` there is nothing left to do.
+    """Args from flags over a recipe's values, or over a run folder's when `--resume` is given. None: with
+    `--resume auto` there is nothing left to do.
 
     Raises `UserError` for an unknown model, and for a resumed run whose flags differ from its own.
     """
@@ -114,8 +114,8 @@ def recipe_of(recipes: dict, model: str, dry: bool):
 
 
 def newest_run(args) -> Path | None:
-    """The run folder that `--resume auto` goes on with: that of --run-name, or else the newest that such a command
-    started without one. None if there is none yet."""
+    """The run folder that `--resume auto` goes on with: that of --run-name, or else the newest that such a
+    command started without one. None if there is none yet."""
     folder = Path(args.run_dir)
     if args.run_name:
         return folder / args.run_name if (folder / args.run_name).exists() else None
@@ -154,7 +154,8 @@ def require_same(args, saved) -> None:
     )
     require(
         not differ,
-        f"--resume {args.resume}: its run had other arguments: {told}. Leave these flags out, or start a new run.",
+        f"--resume {args.resume}: its run had other arguments: {told}. Leave these flags out, or start a "
+        "new run.",
     )
 
 
@@ -169,7 +170,8 @@ def flag_value(argv: list[str], flag: str) -> str | None:
 
 
 def saved_args(kind: type, folder: Path):
-    """The Args of a run folder, as they were, with `resume` set to it. Raises `UserError` for a file that is none."""
+    """The Args of a run folder, as they were, with `resume`
+    set to it. Raises `UserError` for a file that is none."""
     what = f"--resume {folder}"
     require(folder.is_dir(), f"{what}: no such run folder.")
     require((folder / "args.json").is_file(), f"{what}: no args.json in it, so it is not a run folder.")
@@ -198,7 +200,8 @@ def saved_args(kind: type, folder: Path):
 
 
 def fits(value, hint) -> bool:
-    """Whether a value out of a JSON file is of an argument's type: a plain one, Literal, tuple or a union of them."""
+    """Whether a value out of a JSON file is of an argument's
+    type: a plain one, Literal, tuple or a union of them."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)

@@ -20,14 +20,15 @@ Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "conten
 
 @dataclass
 class Row:
-    """One example. `chosen` and `rejected` are a preference
-    pair, `response` a demonstration; each may be None."""
+    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be
+    None. `preference` is p(chosen ≻ rejected), at least ½; None where only the choice is known."""
 
     id: str
     prompt: Prompt
     chosen: str | None = None
     rejected: str | None = None
     response: str | None = None
+    preference: float | None = None
 
 
 HUB_DATASETS = {  # name: (hub id, folder in it, training split, held-out split)
@@ -212,10 +213,12 @@ def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str
 
     Formats: TRL's standard (`prompt`, `chosen`, `rejected`, `completion` as text) and conversational (each a
     list of messages; the prompt explicit, or implicit as what `chosen` and `rejected` share), and HH-RLHF's
-    text dialogues. Raises `UserError` for a missing or mistyped column, naming the row.
+    text dialogues. A pair may be `a` and `b` instead of `chosen` and `rejected`, and have `p`, the share of
+    people (or of a judge's belief) that prefers the first. Raises `UserError` for a missing or mistyped
+    column, naming the row.
     """
     names = ", ".join(fields) or "none"
-    fields = dict(fields)
+    fields, preference = _weighed_pair(row_id, dict(fields))
     if response != "response":
         require(
             "response" not in columns or response in fields,
@@ -249,11 +252,31 @@ def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str
         return "empty"
     if {"chosen", "rejected"} <= set(columns) and texts["chosen"] == texts["rejected"]:
         return "identical chosen and rejected"
-    return Row(row_id, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("response"))
+    return Row(row_id, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("response"), preference)
+
+
+def _weighed_pair(row_id: str, fields: dict) -> tuple[dict, float | None]:
+    """The fields with the pair as `chosen` and `rejected`, the preferred reply first, and p(chosen ≻
+    rejected) if column `p` has it."""
+    if "chosen" not in fields and {"a", "b"} <= set(fields):
+        require("p" in fields, f"{row_id}: columns 'a' and 'b' need a column 'p', how often a is preferred.")
+        fields["chosen"], fields["rejected"] = fields.pop("a"), fields.pop("b")
+    p = fields.get("p")
+    if p is None or "chosen" not in fields:
+        return fields, None
+    number = isinstance(p, (int, float)) and not isinstance(p, bool) and 0 <= p <= 1
+    require(
+        number,
+        f"{row_id}: column 'p' must be a number in [0, 1], how often the first is preferred; not {p!r}.",
+    )
+    if p < 0.5:
+        fields["chosen"], fields["rejected"] = fields.get("rejected"), fields["chosen"]
+    return fields, max(float(p), 1 - float(p))
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can be encoded: JSON's escapes can spell half a surrogate pair, which no tokenizer takes."""
+    """Whether text can be encoded: JSON's escapes can spell
+    half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

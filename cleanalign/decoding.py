@@ -454,8 +454,8 @@ class DraftingDecoder(Decoder):
         self.finished[:R] |= (ends & keep).any(1) | (self.drawn[:R] >= T)
 
     def _correct_drafts(self, draft, of_policy, of_reference, uniforms, most: int):
-        """`_correct` of (M, c) drafts from hidden states (M, c, D) and uniforms (M, c, 3), the logits of at most so
-        many tokens at a time; returns tokens and agreement, (M, c) each."""
+        """`_correct` of (M, c) drafts from hidden states (M, c, D) and uniforms (M, c, 3), the logits of at
+        most so many tokens at a time; returns tokens and agreement, (M, c) each."""
         columns = [x.flatten(0, 1).split(most) for x in (draft, of_policy, of_reference, uniforms)]
         tokens, agree = [], []
         for drafted, policy, reference, numbers in zip(*columns, strict=True):

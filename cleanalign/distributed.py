@@ -1,18 +1,18 @@
-"""Several processes, one for each GPU (`torchrun --nproc-per-node 8 selm.py …`): who does which share, how the
-shares become a whole again, and how all of them end together.
+"""Several processes, one for each GPU (`torchrun --nproc-per-node 8 selm.py …`): who does which share, how
+the shares become a whole again, and how all of them end together.
 
-Every process runs the whole script and holds the same rows, samples, pairs and metrics. Only the expensive calls
-are dealt out (decoding, log-probs, the judge, the passes of a training step), and what they return is made whole
-for everybody at once. So nothing else in this code knows how many processes there are: a run is a function of its
-arguments, up to the rounding of sums.
+Every process runs the whole script and holds the same rows, samples, pairs and metrics. Only the expensive
+calls are dealt out (decoding, log-probs, the judge, the passes of a training step), and what they return is
+made whole for everybody at once. So nothing else in this code knows how many processes there are: a run is a
+function of its arguments, up to the rounding of sums.
 
     place        rank, world
     shares       mine, merge, gather, from_first, barrier, attempt
     tensors      own_part, exchange, spread, norm: weights whole everywhere, what trains them in parts (ZeRO-2)
     life         join, fail, leave; a thread that watches the others
 
-With one process each of these is the identity or does nothing. Bytes that this process sends to others are counted
-in `sent`. docs/scale.md explains.
+With one process each of these is the identity or does nothing. Bytes that this process sends to others are
+counted in `sent`. docs/scale.md explains.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def total(counts: dict[str, float]) -> dict[str, float]:
 
 
 def attempt(do: Callable):
-    """do(), on every process; a user's mistake that one of them finds is raised on all, naming who found it."""
+    """do(), on every process; a user's mistake that one of
+    them finds is raised on all, naming who found it."""
     if world() == 1:
         return do()
     result, error = None, None
@@ -162,7 +163,8 @@ def attempt(do: Callable):
 
 @contextlib.contextmanager
 def first_of_each_machine():
-    """Context which one process of a machine runs through before the others: what it fetches is then there."""
+    """Context which one process of a machine runs through
+    before the others: what it fetches is then there."""
     if int(os.environ.get("LOCAL_RANK", rank())) != 0:
         barrier()
     yield
@@ -174,8 +176,8 @@ def first_of_each_machine():
 
 
 def _slice_of(numel: int) -> tuple[int, int]:
-    """Where this process's part of so many numbers begins and ends: of W equal parts, the last ones shorter or
-    empty."""
+    """Where this process's part of so many numbers begins and ends: of W equal parts, the last ones shorter
+    or empty."""
     size = -(-numel // world())
     return min(numel, rank() * size), min(numel, (rank() + 1) * size)
 
@@ -186,8 +188,8 @@ def offset(weight: torch.Tensor) -> int:
 
 
 def own_part(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a contiguous weight that this process updates, a flat view; with one process all of it, in its
-    shape."""
+    """The part of a contiguous weight that this process updates, a flat view; with one process all of it, in
+    its shape."""
     if world() == 1:
         return weight.detach()
     start, end = _slice_of(weight.numel())
@@ -195,8 +197,8 @@ def own_part(weight: torch.Tensor) -> torch.Tensor:
 
 
 def exchange(gradient: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Send each process its part of `gradient`, in the gradient's own precision. The call that is returned waits,
-    and gives the float32 sum over the processes of this one's part."""
+    """Send each process its part of `gradient`, in the gradient's own precision. The call that is returned
+    waits, and gives the float32 sum over the processes of this one's part."""
     size = -(-gradient.numel() // world())
     flat = gradient.reshape(-1)
     if flat.numel() < size * world():
@@ -264,7 +266,8 @@ def _talking():
 def join() -> None:
     """Become one of the processes that torchrun started, if it did; from here on a failure of one ends all.
 
-    Raises `UserError` where the environment is torchrun's in part only, or there are more processes than GPUs.
+    Raises `UserError` where the environment is torchrun's in part only, or there are more processes than
+    GPUs.
     """
     count = os.environ.get("WORLD_SIZE", "1")
     require(count.isdigit() and int(count) >= 1, f"WORLD_SIZE={count}: not a number of processes.")
@@ -315,8 +318,8 @@ def join() -> None:
 
 @contextlib.contextmanager
 def ending_together():
-    """Context that a process of several leaves together with the others: when all are done, or when one fails,
-    and then with its exit code. Whose failure is not the user's mistake shows its traceback."""
+    """Context that a process of several leaves together with the others: when all are done, or when one
+    fails, and then with its exit code. Whose failure is not the user's mistake shows its traceback."""
     try:
         yield
     except Exception as error:
@@ -333,7 +336,8 @@ def ending_together():
 
 
 def fail(code: int) -> int:
-    """Tell the others that this process ends with exit code `code`, so that they end too. Only the first to fail
+    """Tell the others that this process ends with exit code `code`, so that they end too. Only the first to
+    fail
     may speak: it gets its terminal back. Returns the code to end with, the first one's."""
     if world() == 1 or _Place.failed:
         return code
@@ -355,8 +359,8 @@ def _silence():
 
 
 def leave() -> None:
-    """Part from the others: after a failure once they have all heard of it, else when all have come to their
-    end."""
+    """Part from the others: after a failure once they have
+    all heard of it, else when all have come to their end."""
     if world() == 1:
         return
     signals.busy = True
@@ -379,8 +383,8 @@ def _on() -> str:
 
 
 def _watch(store: dist.Store) -> None:
-    """The thread that ends this process once another has failed, or its neighbour is silent: what a process waits
-    for in a call of NCCL or gloo, it may wait for in vain."""
+    """The thread that ends this process once another has failed, or its neighbour is silent: what a process
+    waits for in a call of NCCL or gloo, it may wait for in vain."""
     neighbour = (rank() + 1) % world()
     key, sign = f"alive {neighbour}", None
     heard, due = time.monotonic(), 0.0

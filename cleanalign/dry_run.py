@@ -34,9 +34,9 @@ def prepare(args):
     random judge, one step.
 
     Replies never end, so they too are as long as can be. For `--processes` other than those that run there is
-    nothing to rehearse: what each of them will hold is printed, and None returned. Raises `UserError` when the
-    sizes are not known, and when what is certain to be held (weights, optimiser, caches) does not fit into what is
-    free.
+    nothing to rehearse: what each of them will hold is printed, and None returned. Raises `UserError` when
+    the sizes are not known, and when what is certain to be held (weights, optimiser, caches) does not fit
+    into what is free.
     """
     name = sizes_of(args.model)
     require(
@@ -93,8 +93,8 @@ def dtype_name(args, device: torch.device) -> str:
 
 
 def require_room(args, device: torch.device) -> None:
-    """Refuse a model that a process cannot sample from: all its weights, and caches of a few replies, must fit into
-    its GPU. A model whose sizes are not known is let through."""
+    """Refuse a model that a process cannot sample from: all its weights, and caches of a few replies, must
+    fit into its GPU. A model whose sizes are not known is let through."""
     free = models.free_memory(device)
     if free is None or sizes_of(args.model) is None:
         return
@@ -109,8 +109,10 @@ def require_room(args, device: torch.device) -> None:
     if "reference's weights" in needs:
         help.insert(0, "--lora-rank 32, where the reference is the policy without its adapter")
     raise UserError(
-        f"--model {args.model} cannot be sampled from{each}: {device.type} has {free / GIB:.1f} GiB free, and this "
-        f"must be held ({rows} replies at once):\n{table(needs)}\nMore processes do not help: each samples with "
+        f"--model {args.model} cannot be sampled from{each}: {device.type} has {free / GIB:.1f} GiB free, "
+        "and this "
+        f"must be held ({rows} replies at once):\n{table(needs)}\nMore processes do not help: each samples "
+        "with "
         f"whole weights. What would: {', '.join(help)}."
     )
 
@@ -290,7 +292,8 @@ def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
         "foreseen_bytes": foreseen(args, weight.device),
         "phases": {name: dict(phase) for name, phase in phases.items()},
         "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
-        "note": "random weights, random prompts, random judge: the figures are the machine's (of several processes the "
+        "note": "random weights, random prompts, random judge: the figures are the machine's (of several "
+        "processes the "
         "first one's), nothing was learnt; a real judge's memory comes on top",
         **environment,
     }

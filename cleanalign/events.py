@@ -1,4 +1,5 @@
-"""TensorBoard events, written in step with the run: a full disk shows at once, and no thread outlives the run."""
+"""TensorBoard events, written in step with the run: a full
+disk shows at once, and no thread outlives the run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The game of a pool: two players each send a model, and whose reply is preferred wins. Its equilibrium,
-exactly."""
+"""The game of a pool: two players each send a model, and
+whose reply is preferred wins. Its equilibrium, exactly."""
 
 from __future__ import annotations
 

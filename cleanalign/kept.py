@@ -69,8 +69,8 @@ class Kept:
         return [json.loads(found[key]) if key in found else None for key in keys]
 
     def write(self, values: dict[str, object]) -> None:
-        """Keep all of `values` in one transaction; what is there already stays, so that whoever was first is
-        right."""
+        """Keep all of `values` in one transaction; what is there
+        already stays, so that whoever was first is right."""
         rows = [(key, json.dumps(value, ensure_ascii=True)) for key, value in values.items()]
         with self.errors():
             self.connection.execute("BEGIN IMMEDIATE")

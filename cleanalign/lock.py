@@ -35,7 +35,8 @@ class Lock:
             holder = self.file.read().strip() or "another process"
             self.file.close()
             raise UserError(
-                f"{folder} is in use by {holder}. Two processes in one folder would write into each other: wait "
+                f"{folder} is in use by {holder}. Two processes in one folder would write into each other: "
+                "wait "
                 "for it, end it, or start a run with another --run-name."
             ) from None
         except OSError as error:  # a file system without locks

@@ -203,8 +203,9 @@ def load_model(
 
 
 def try_template(tokenizer, what: str, seconds: int = 30) -> None:
-    """Write a short chat by a tokenizer's template: it comes from whoever made the folder. Raises `UserError` for one
-    that fails or does not come to an end; transformers' sandbox keeps it from files and from Python."""
+    """Write a short chat by a tokenizer's template: it comes from whoever
+    made the folder. Raises `UserError` for one that fails or does not come
+    to an end; transformers' sandbox keeps it from files and from Python."""
     if not getattr(tokenizer, "chat_template", None):
         return
     try:
@@ -223,7 +224,8 @@ def try_template(tokenizer, what: str, seconds: int = 30) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: int):
-    """Context that raises `TimeoutError` after so long, where the system has such an alarm (in the main thread)."""
+    """Context that raises `TimeoutError` after so long, where
+    the system has such an alarm (in the main thread)."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -361,9 +363,9 @@ def adapter_switch(model):
 
 
 def save_model(model, tokenizer, folder: Path) -> torch.nn.Module:
-    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole. A LoRA adapter
-    is merged into `model` for good. Returns the model as it was written. Of several processes the first writes, and
-    the others wait until it has."""
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole. A LoRA
+    adapter is merged into `model` for good. Returns the model as it was written. Of several processes the
+    first writes, and the others wait until it has."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     if distributed.rank() == 0:

@@ -58,8 +58,8 @@ class Tally:
 
 
 class OpenAIJudge:
-    """The model `model` at OPENAI_BASE_URL. Raises `UserError` for a missing key or package, a wrong URL or
-    template."""
+    """The model `model` at OPENAI_BASE_URL. Raises `UserError`
+    for a missing key or package, a wrong URL or template."""
 
     def __init__(self, model: str, flag: str, settings: JudgeSettings):
         self.what = f"{flag} openai:{model}"

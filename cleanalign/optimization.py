@@ -28,11 +28,12 @@ def bytes_per_weight(states: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 class _AdamW:
-    """What both optimisers share: gradients summed in float32 over micro-batches and processes, their clipping.
+    """What both optimisers share: gradients summed in float32 over micro-batches and processes, their
+    clipping.
 
-    Of several processes each keeps gradients, moments and masters of its own part of every weight only. A pass's
-    gradients travel to their owners during the backward pass, in an order that is the same everywhere; after the
-    update the owners spread the weights.
+    Of several processes each keeps gradients, moments and masters of its own part of every weight only. A
+    pass's gradients travel to their owners during the backward pass, in an order that is the same everywhere;
+    after the update the owners spread the weights.
     """
 
     def __init__(self, model):
@@ -51,7 +52,8 @@ class _AdamW:
         self._hooks = [p.register_post_accumulate_grad_hook(collect(i)) for i, p in enumerate(self.weights)]
 
     def passes(self, shares: list[list[list[int]]]) -> Iterator[list[int]]:
-        """This process's micro-batches, one by one, of every process's `shares` (`common.shares`). Use it as the
+        """This process's micro-batches, one by one, of every process's `shares` (`common.shares`). Use it as
+        the
         loop around forward and backward: a process that has fewer than others takes part with no gradient."""
         own = shares[distributed.rank()]
         for i in range(max(map(len, shares))):
@@ -123,8 +125,8 @@ class _AdamW:
         distributed.spread(self.weights)
 
     def read(self, shards: list[dict], name: str, tensors: list[torch.Tensor | None]) -> None:
-        """Fill `tensors`, of the own parts, with what any number of processes have kept under `name` in their
-        `shards`."""
+        """Fill `tensors`, of the own parts, with what any number
+        of processes have kept under `name` in their `shards`."""
         for i, tensor in enumerate(tensors):
             if tensor is not None:
                 pieces = [(shard[name][i], shard["offsets"][i]) for shard in shards]
@@ -189,14 +191,14 @@ class MasterAdamW(_AdamW):
         return norm
 
     def state_dict(self) -> dict:
-        """Masters and moments: all that a resumed run needs to continue as if never stopped. Of several processes
-        each gives its part, and where in its weight it begins."""
+        """Masters and moments: all that a resumed run needs to continue as if never stopped. Of several
+        processes each gives its part, and where in its weight it begins."""
         return {"masters": self.masters, "inner": self.inner.state_dict(), "offsets": self.offsets}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict | list[dict]) -> None:
-        """Restore `state_dict()`, or those of any number of processes, and round the masters into the model's
-        weights."""
+        """Restore `state_dict()`, or those of any number of
+        processes, and round the masters into the model's weights."""
         shards = state if isinstance(state, list) else [state]
         self.read(shards, "masters", self.masters)
         self.write(self.masters)

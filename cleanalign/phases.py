@@ -129,8 +129,8 @@ class Phases:
             self.phases[part]["seconds"] += seconds
 
     def throughput(self) -> dict[str, float]:
-        """Tokens per second by phase, since the start (or the resume): all processes' tokens, by this one's
-        clock."""
+        """Tokens per second by phase, since the start (or the
+        resume): all processes' tokens, by this one's clock."""
         tokens = distributed.total({name: phase["tokens"] for name, phase in self.phases.items()})
         return {
             f"tokens_per_second/{name}": tokens[name] / phase["seconds"]

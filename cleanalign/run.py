@@ -1,7 +1,7 @@
 """The run folder and everything written to it, from its lock to its summary.
 
-Whatever ends a run, what was trained is lost for at most --save-every steps, nothing is written over, and a resumed
-run has the numbers of an uninterrupted one.
+Whatever ends a run, what was trained is lost for at most --save-every steps, nothing is written over, and a
+resumed run has the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Run(Phases):
     processes the first writes; the others hold the same metrics and write their parts of the checkpoints.
 
     `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume`
-    the folder is continued. Use: `phase(name)` around timed work, `log(step, metrics)` and `keep(step, state)`
-    once a step, `finish(summary)` at the end.
+    the folder is continued. Use: `phase(name)` around timed work, `log(step, metrics)` and `keep(step,
+    state)` once a step, `finish(summary)` at the end.
     """
 
     current: Run | None = None  # the one that has its folder's lock, for whoever ends the program
@@ -125,7 +125,8 @@ class Run(Phases):
             )
 
     def close(self) -> None:
-        """Give the folder up: the last checkpoint is written to its end, logs are closed, the lock is free."""
+        """Give the folder up: the last checkpoint is written
+        to its end, logs are closed, the lock is free."""
         Run.current = None
         try:
             self.checkpoints.wait()
@@ -139,7 +140,8 @@ class Run(Phases):
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """`Phases.phase`. While the phase "training" changes the weights, and until `keep`, a signal waits."""
+        """`Phases.phase`. While the phase "training" changes
+        the weights, and until `keep`, a signal waits."""
         if name == "training":
             signals.busy, self.unsaved = True, None
         with super().phase(name):
@@ -218,8 +220,8 @@ class Run(Phases):
             self.save(self.unsaved[1])
 
     def save_before_the_end(self, error: BaseException) -> str:
-        """What can still be saved when `error` ends the program: the state that `keep` remembers, if the weights
-        have not changed since. Returns a sentence that says where the run stands, or nothing."""
+        """What can still be saved when `error` ends the program: the state that `keep` remembers, if the
+        weights have not changed since. Returns a sentence that says where the run stands, or nothing."""
         ended_between_steps = isinstance(error, JudgeFailure) or not isinstance(error, Exception)
         if ended_between_steps:
             self.save_unsaved()
@@ -233,7 +235,8 @@ class Run(Phases):
         return f"The last checkpoint is that of step {step}: continue with --resume {self.folder}."
 
     def restore(self) -> dict | None:
-        """The last whole checkpoint's state when resuming, else None; metrics.jsonl is cut back to its step."""
+        """The last whole checkpoint's state when resuming,
+        else None; metrics.jsonl is cut back to its step."""
         if not self.args.resume:
             self._open_logs()
             return None
@@ -264,8 +267,9 @@ class Run(Phases):
         """Wall-clock seconds of this run, resumed parts included."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def finish(self, summary: dict, curves: tuple[str, ...]) -> None:
-        """Write curves.png and summary.json, close the logs and print the result."""
+    def finish(self, summary: dict, curves: tuple[str, ...], text: Callable = summary_text) -> None:
+        """Write curves.png and summary.json, close the logs and print the result, as text(summary, folder)
+        has it."""
         if self.bar:
             self.bar.close()
         peaks, rates = distributed.gather(max(self.peak_memory_bytes, peak_memory())), self.throughput()
@@ -298,7 +302,7 @@ class Run(Phases):
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
-        print(summary_text(summary, self.folder))
+        print(text(summary, self.folder))
 
     def finish_dry_run(self, policy) -> None:
         """End a `--dry-run` after its step: write dry_run.json and print what each phase took. Nothing is

@@ -27,8 +27,8 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Signals received while `listening`. `busy` says that weights or files are in flux: the signal then waits for
-    `check`, else it ends the program where it stands.
+    """Signals received while `listening`. `busy` says that weights or files are in flux: the signal then
+    waits for `check`, else it ends the program where it stands.
 
     Several processes must end at the same place, `together`: there a signal counts once all have heard of it.
     """

@@ -1,7 +1,9 @@
-"""Estimators over prompts: win rates and their intervals, repetition, Best-of-N."""
+"""Estimators over prompts: win rates and their intervals, repetition, Best-of-N; over pairs: how good a
+judge's probabilities are."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -85,3 +87,76 @@ def bootstrap(values: torch.Tensor, resamples: int = 2000) -> tuple[list[float],
     draw = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = values[draw].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     return values.mean(0).tolist(), low.tolist(), high.tolist()
+
+
+# --- a judge's probabilities ---
+
+
+def judged_right(predicted: list[float], target: list[float]) -> list[float]:
+    """For each pair 1 where p(a ≻ b) as predicted favours the reply that the target does, 0 where the other,
+    ½ for a prediction of ½. Pairs whose target is ½ favour nobody and are left out."""
+    decided = [(p, q) for p, q in zip(predicted, target, strict=True) if q != 0.5]
+    return [0.5 if p == 0.5 else float((p > 0.5) == (q > 0.5)) for p, q in decided]
+
+
+def clustered_interval(values: list[float], groups: list[str], resamples: int = 2000) -> list[float]:
+    """95 % percentile-bootstrap interval of the mean of `values`, by drawing whole groups (fixed seed): the
+    pairs of one prompt are no independent witnesses."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    which = torch.tensor([names[name] for name in groups])
+    total, count = torch.zeros(2, len(names), dtype=torch.float64).unbind()
+    total.index_add_(0, which, torch.tensor(values, dtype=torch.float64))
+    count.index_add_(0, which, torch.ones(len(values), dtype=torch.float64))
+    draw = torch.randint(len(names), (resamples, len(names)), generator=torch.Generator().manual_seed(0))
+    means = total[draw].sum(1) / count[draw].sum(1)
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def log_loss(predicted: list[float], target: list[float]) -> float:
+    """Mean of −q log p − (1 − q) log(1 − p) in nats: ln 2 is knowing nothing, and the targets' mean entropy,
+    which is `log_loss(target, target)`, is the least there is. p is kept 1e-7 away from 0 and 1."""
+    p = torch.tensor(predicted, dtype=torch.float64).clamp(1e-7, 1 - 1e-7)
+    return F.binary_cross_entropy(p, torch.tensor(target, dtype=torch.float64)).item()
+
+
+def reliability(predicted: list[float], target: list[float], bins: int = 10) -> list[dict[str, float]]:
+    """The reliability diagram: pairs in `bins` equal ranges of confidence from ½ to 1, empty ones left out.
+
+    Which reply is called a is a matter of writing, so each pair is turned until the prediction favours a:
+    `confidence` is a bin's mean max(p, 1 − p), `frequency` how often the target agrees (a soft target counts
+    in part), `pairs` its size. A prediction of ½ favours nobody: it counts as right half the time.
+    """
+    p, q = (torch.tensor(values, dtype=torch.float64) for values in (predicted, target))
+    confidence = torch.maximum(p, 1 - p)
+    agrees = torch.where(p > 0.5, q, 1 - q).where(p != 0.5, torch.tensor(0.5, dtype=torch.float64))
+    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    table = []
+    for i in range(bins):
+        inside = which == i
+        if inside.any():
+            row = {"confidence": confidence[inside].mean().item(), "frequency": agrees[inside].mean().item()}
+            table.append({**row, "pairs": int(inside.sum())})
+    return table
+
+
+def calibration_error(table: list[dict[str, float]]) -> float:
+    """Expected calibration error of a `reliability` table: mean over pairs of |confidence − frequency| of
+    their bin."""
+    pairs = sum(row["pairs"] for row in table)
+    return sum(row["pairs"] * abs(row["confidence"] - row["frequency"]) for row in table) / pairs
+
+
+def cyclic_share(preference: torch.Tensor) -> float:
+    """Share of triples that form a cycle, a ≻ b ≻ c ≻ a, among K replies to each of G prompts.
+
+    (G, K, K) p(i ≻ j), K ≥ 3. A scalar judge has none, a judge that tosses a coin for each pair a quarter. A
+    triple with a tie is no cycle.
+    """
+    beats = preference > 0.5  # (G, K, K)
+    K = beats.shape[1]
+    cycles = []
+    for i, j, k in itertools.combinations(range(K), 3):
+        one_way = beats[:, i, j] & beats[:, j, k] & beats[:, k, i]
+        other_way = beats[:, j, i] & beats[:, k, j] & beats[:, i, k]
+        cycles.append((one_way | other_way).double().mean())
+    return torch.stack(cycles).mean().item()

@@ -46,7 +46,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         free = shutil.disk_usage(folder).free
         require(
             free >= needed,
-            f"{folder}: {what} need about {needed / MB:,.0f} MB, and {free / MB:,.0f} MB are free there. Free some "
+            f"{folder}: {what} need about {needed / MB:,.0f} MB, and {free / MB:,.0f} MB are free there. "
+            "Free some "
             "space, choose another --run-dir, or write less: --save-every 0, --keep-checkpoints 1.",
         )
 
@@ -71,7 +72,8 @@ def write_json(path: Path, value, indent: int | None = None) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path):
-    """Context with an empty folder to fill, which takes the place of `folder` by a rename when it is whole."""
+    """Context with an empty folder to fill, which takes the
+    place of `folder` by a rename when it is whole."""
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     with writing(folder):
         for leftover in (new, old):
@@ -88,7 +90,8 @@ def replacing(folder: Path):
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk. Where folders cannot be opened, not."""
+    """Have the system write a file, or a folder's entries,
+    to the disk. Where folders cannot be opened, not."""
     with contextlib.suppress(PermissionError, IsADirectoryError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -171,7 +171,7 @@ class Tokenizer:
     """One token a word: the word `w17` is the id 17. No special tokens and no chat template, so every length
     is exactly what was asked for."""
 
-    chat_template = None
+    chat_template = sep_token = None
     eos_token_id = pad_token_id = -1  # no sampled token is ever −1: replies run to their greatest length
 
     def __init__(self, vocabulary: int):

@@ -1,4 +1,5 @@
-"""Nothing that was trained is lost: checkpoints, locks, signals, failing disks and judges, hostile folders."""
+"""Nothing that was trained is lost: checkpoints, locks, signals, failing disks and judges, hostile
+folders."""
 
 import hashlib
 import json
