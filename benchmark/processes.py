@@ -1,11 +1,11 @@
 """Several processes against one: what is equal, what falls, what it costs, what happens when one is killed.
 
     python benchmark/processes.py matrix [NAME …]     1, 2 and 3 processes: equal samples, metrics within 1e-5
-    python benchmark/processes.py kills [COUNT]       kill -9 of one of 2 at random moments; resume with 1 and 3
+    python benchmark/processes.py kills [COUNT]       kill -9 of one of 2 at random moments; resume
     python benchmark/processes.py memory              peak memory of a process against their number
     python benchmark/processes.py bytes               bytes on the wire, by the kernel, against the formula
-    python benchmark/processes.py default             the default selm.py: 2 processes against 1 with 2 threads
-    python benchmark/processes.py unchanged COMMIT    one process: to the bit what COMMIT computes, and as fast
+    python benchmark/processes.py default             the default selm.py: 2 processes, or 1 with 2 threads
+    python benchmark/processes.py unchanged COMMIT    one process: to the bit as COMMIT, and as fast
 
 Each writes its part of benchmark/results/processes.json. All on a CPU, by gloo.
 """

@@ -52,10 +52,14 @@ COUNTS = {"kills": 100, "writes": 200, "fuzz": 1000, "signals": 20, "starts": 50
 
 SHORT = ["--num-prompts=32", "--max-steps=6", "--save-every=1"]
 DEMONSTRATIONS = [
-    "--dataset=demonstrations.jsonl", "--min-demonstration-score=None", "--num-prompts=24", "
-    ""--judge=judges.py:goodness",
-    "--learning-rate=1e-3", "--save-every=1", "--max-steps=3",
-]  # fmt: skip
+    "--dataset=demonstrations.jsonl",
+    "--min-demonstration-score=None",
+    "--num-prompts=24",
+    "--judge=judges.py:goodness",
+    "--learning-rate=1e-3",
+    "--save-every=1",
+    "--max-steps=3",
+]
 AFD = [*DEMONSTRATIONS, "--dev-prompts=8", "--reward-prompts=12", "--max-n=3", "--samples-per-prompt=3"]
 RUNS = {  # name: (script, flags)
     "selm": (selm, SHORT),
@@ -70,11 +74,17 @@ RUNS = {  # name: (script, flags)
     "spin": (spin, DEMONSTRATIONS),
 }
 COMMON = [
-    "--model=model", "--dataset=prompts.jsonl", "--judge=judges.py:more_good", "--eval-judge=None", "
-    ""--device=cpu",
-    "--dtype=float32", "--max-new-tokens=6", "--eval-prompts=8", "--batch-size=8", "
-    ""--micro-batch-tokens=4096",
-]  # fmt: skip
+    "--model=model",
+    "--dataset=prompts.jsonl",
+    "--judge=judges.py:more_good",
+    "--eval-judge=None",
+    "--device=cpu",
+    "--dtype=float32",
+    "--max-new-tokens=6",
+    "--eval-prompts=8",
+    "--batch-size=8",
+    "--micro-batch-tokens=4096",
+]
 
 
 # --- one run in a process of its own ---

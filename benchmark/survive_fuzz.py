@@ -60,7 +60,8 @@ CONFIG_CHANGES = st.dictionaries(
     st.sampled_from(
         "hidden_size num_hidden_layers vocab_size model_type architectures auto_map num_attention_heads "
         "head_dim torch_dtype "
-        "rope_scaling rope_parameters quantization_config tie_word_embeddings eos_token_id max_position_embeddings".split()
+        "rope_scaling rope_parameters quantization_config tie_word_embeddings eos_token_id "
+        "max_position_embeddings".split()
     ),
     st.one_of(
         VALUE,

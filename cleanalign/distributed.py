@@ -8,7 +8,7 @@ function of its arguments, up to the rounding of sums.
 
     place        rank, world
     shares       mine, merge, gather, from_first, barrier, attempt
-    tensors      own_part, exchange, spread, norm: weights whole everywhere, what trains them in parts (ZeRO-2)
+    tensors      own_part, exchange, spread, norm: whole weights, what trains them in parts (ZeRO-2)
     life         join, fail, leave; a thread that watches the others
 
 With one process each of these is the identity or does nothing. Bytes that this process sends to others are

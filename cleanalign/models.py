@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from cleanalign import distributed, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
@@ -126,8 +127,6 @@ def check_folder(flag: str, folder: str | None, *endings: str) -> None:
 @contextlib.contextmanager
 def hub_errors(flag: str, name: str):
     """Turn the hub client's many exceptions into one sentence about `flag name`."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, UserError):
@@ -155,7 +154,8 @@ def hub_errors(flag: str, name: str):
         ):
             hint = near(name, HUB_MODELS.values()) if flag == "--model" else ""
             raise UserError(
-                f"{flag} {name}: no such repository on the hub, or it is private: set HF_TOKEN. {hint}".rstrip()
+                f"{flag} {name}: no such repository on the hub, or a private one: set HF_TOKEN. "
+                f"{hint}".rstrip()
             ) from error
         raise UserError(
             f"{flag} {name}: could not be loaded from the hub ({str(error).strip().splitlines()[0]}). "

@@ -86,7 +86,8 @@ class Run(Phases):
 
     def _make_folder(self) -> None:
         """The folder appears by a rename, with args.json in it and its lock held."""
-        exists = f"{self.folder} exists already. Choose another --run-name, or continue it with --resume {self.folder}."
+        folder = self.folder
+        exists = f"{folder} exists already. Choose another --run-name, or continue it with --resume {folder}."
         require(not self.folder.exists(), exists)
         with writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)

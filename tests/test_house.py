@@ -13,16 +13,19 @@ LEVELS = {  # a module of the root imports modules of a lower level only; below 
     "experiment": 2,
     **dict.fromkeys(("judges", "common"), 1),
 }
-OPTIONAL = {  # may be missing, or are not needed by every run; `resource` is missing on Windows
+OPTIONAL = {  # may be missing, or are not needed by every run; `fcntl` and `resource` are missing on Windows
+    "alpaca_eval",
     "chitchat_dataset",
     "datasets",
+    "fcntl",
     "gguf",
     "matplotlib",
+    "openai",
     "peft",
     "pyarrow",
     "resource",
     "textblob",
-    "torch.utils.tensorboard",
+    "tensorboard",
     "vaderSentiment",
     "wandb",
 }

@@ -155,7 +155,10 @@ def test_a_template_can_neither_hang_nor_touch(world, flags, tmp_path, monkeypat
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    code = f"from cleanalign.lock import Lock; from pathlib import Path; l = Lock(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    code = (
+        "from cleanalign.lock import Lock; from pathlib import Path; "
+        f"lock = Lock(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE
     )
