@@ -86,7 +86,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 50
-    """Optimiser steps between checkpoints; 0 writes none within a stage. A finished stage is always kept."""
+    """Optimiser steps between checkpoints; 0: only when a stage is finished, at a signal, and when a judge fails."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -118,13 +118,13 @@ class Args(RunArgs):
     eval_prompts: int = 128
     """Held-out prompts of the Best-of-N report and of the final comparison with the starting model."""
     dev_prompts: int = 32
-    """Demonstrations set aside: on them a reward model's separability is measured and the reward to report is
-    chosen."""
+    """Demonstrations set aside: on them a reward model's
+    separability is measured and the reward to report is chosen."""
 
     # algorithm
     objective: Literal["forward-kl", "reverse-kl", "js", "irl"] = "irl"
-    """forward-kl: SFT. reverse-kl, js: adversarial imitation from π_SFT on. irl: a reward model, then
-    extrapolation."""
+    """forward-kl: SFT. reverse-kl, js: adversarial imitation
+    from π_SFT on. irl: a reward model, then extrapolation."""
     pairs: tuple[Pairs, ...] = ("init-sft",)
     """Reward models to train, by their pairs, negative first; all are compared on the same samples. --reward
     reward-model distils the first."""
@@ -150,8 +150,8 @@ class Args(RunArgs):
     max_n: int = 16
     """Largest N of the Best-of-N report."""
     extrapolate: Literal["best-of-n", "distil"] = "distil"
-    """best-of-n: report only, the policy is π_SFT. distil: train it on the reward's best against its worst
-    sample."""
+    """best-of-n: report only, the policy is π_SFT. distil:
+    train it on the reward's best against its worst sample."""
     samples_per_prompt: int = 6
     """Samples that distil chooses from; of the adversarial objectives, own samples."""
     beta: float = 0.1
@@ -164,8 +164,8 @@ class Args(RunArgs):
     discriminator_updates: int = 1
     """reverse-kl, js: discriminator updates before each policy update."""
     whiten: bool = True
-    """reverse-kl, js: divide advantages by the batch's standard deviation, as the discriminator's scale
-    drifts."""
+    """reverse-kl, js: divide advantages by the batch's
+    standard deviation, as the discriminator's scale drifts."""
     replay: float = 0.0
     """reverse-kl, js: share of the discriminator's negatives taken from earlier steps' samples."""
 
@@ -214,8 +214,8 @@ class Args(RunArgs):
     stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy: the model it is tied to. A row of training holds a demonstration, or a prompt's
-        samples."""
+        """Beside the policy: the model it is tied to. A row of
+        training holds a demonstration, or a prompt's samples."""
         completions = 1 if self.objective == "forward-kl" else self.samples_per_prompt
         return Holds(completions=completions, models=2 + len(self.pairs))
 
@@ -431,8 +431,8 @@ def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
 
 @dataclass
 class Group:
-    """One prompt's training example of the policy: its K own samples and what each earned beyond its
-    baseline."""
+    """One prompt's training example of the policy: its K
+    own samples and what each earned beyond its baseline."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
@@ -743,8 +743,8 @@ def compare_rewards(
 
 
 def distil(exp: StagedExperiment, sft_source, train: Split, samples: list, scores: torch.Tensor) -> None:
-    """DPO of the sample that (G, M) `scores` like best against the one they like least; leaves the policy in
-    `exp`."""
+    """DPO of the sample that (G, M) `scores` like best against
+    the one they like least; leaves the policy in `exp`."""
     args, examples = exp.args, []
     best, worst = scores.argmax(1).tolist(), scores.argmin(1).tolist()
     for i, group in enumerate(samples):

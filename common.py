@@ -105,8 +105,8 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
 
 
 def encode_response(tokenizer, prompt: Prompt, response: str, end: int, max_tokens: int) -> list[int]:
-    """Token ids of a data set's response, closed by the id `end`; cut (and then left open) at
-    `max_tokens`."""
+    """Token ids of a data set's response, closed by the id
+    `end`; cut (and then left open) at `max_tokens`."""
     if not tokenizer.chat_template and isinstance(prompt, list):
         response = " " + response  # after "\n\nAssistant:"
     ids = tokenizer(response, add_special_tokens=False).input_ids

@@ -495,8 +495,8 @@ def stage_steps(args, examples: int, epochs: int) -> int:
 
 
 def stage_batches(args, stage: Stage, examples: int) -> list[list[int]]:
-    """Indices of every optimiser step of a stage: each epoch in an order of its own, `--max-steps` at
-    most."""
+    """Indices of every optimiser step of a stage: each
+    epoch in an order of its own, `--max-steps` at most."""
     batches = []
     for epoch in range(stage.epochs):
         order = list(range(examples))

@@ -51,7 +51,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 20
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimiser steps between checkpoints; 0: only at a signal, when a judge fails, and at the end."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -83,8 +83,8 @@ class Args(RunArgs):
     """Share of the reference in the mixture that both replies are sampled from; 0 is online-IPO, 1 samples
     the reference."""
     labels: Literal["soft", "bernoulli", "argmax"] = "soft"
-    """What the judge's p becomes: itself, a coin flip of that chance, or 1[p > 1/2] (another game; ties stay
-    1/2)."""
+    """What the judge's p becomes: itself, a coin flip of that
+    chance, or 1[p > 1/2] (another game; ties stay 1/2)."""
     length_normalize: bool = False
     """Divide each reply's log-probs by its length, as TRL's offline trainer does; the paper sums."""
     offline: bool = False
@@ -278,8 +278,8 @@ def collect(exp: Experiment, indices: list[int], step: int) -> tuple[list[Pair],
 
 
 def label_of(kind: Literal["soft", "bernoulli", "argmax"], p: float, coin: random.Random) -> float:
-    """What the judge's p(a ≻ b) becomes in the loss: itself, a draw with that chance, or 1[p > ½] (ties stay
-    ½)."""
+    """What the judge's p(a ≻ b) becomes in the loss: itself,
+    a draw with that chance, or 1[p > ½] (ties stay ½)."""
     if kind == "soft" or (kind == "argmax" and p == 0.5):
         return p
     return float(coin.random() < p) if kind == "bernoulli" else float(p > 0.5)

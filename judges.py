@@ -188,8 +188,8 @@ def cycle_preference(prompts, a, b) -> torch.Tensor:
 
 
 def cycle_measure(replies: list[str]) -> dict[str, float]:
-    """Share of each style, and the exploitability of this mix: the best style's win rate against it, minus
-    ½."""
+    """Share of each style, and the exploitability of this
+    mix: the best style's win rate against it, minus ½."""
     shares = torch.bincount(torch.tensor([style(reply) for reply in replies]), minlength=3).double() / len(
         replies
     )
@@ -284,8 +284,8 @@ def conversation(prompt: Prompt) -> list[dict]:
 
 
 def by_length(rows: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Indices of token rows, shortest first, in parts of at most `max_tokens` (or one row), padding
-    included."""
+    """Indices of token rows, shortest first, in parts of at
+    most `max_tokens` (or one row), padding included."""
     parts: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if parts and (len(parts[-1]) + 1) * len(rows[i]) <= max_tokens:

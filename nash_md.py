@@ -51,7 +51,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 20
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimiser steps between checkpoints; 0: only at a signal, when a judge fails, and at the end."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -76,11 +76,11 @@ class Args(RunArgs):
 
     # algorithm
     objective: Literal["nash", "rlhf"] = "nash"
-    """nash: the win rate against the opponent. rlhf: a scalar judge's score, the papers' baseline (no
-    opponent)."""
+    """nash: the win rate against the opponent. rlhf: a scalar
+    judge's score, the papers' baseline (no opponent)."""
     opponent: Literal["mixture", "ema", "self", "reference"] = "mixture"
-    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA), self (self-play), reference (best response to
-    it)."""
+    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA),
+    self (self-play), reference (best response to it)."""
     tau: float = 0.008
     """Strength of the tie to the reference, τ: the weight of the KL."""
     beta: float = 0.125
@@ -133,8 +133,8 @@ class Args(RunArgs):
     stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy: the reference, and the EMA opponent. A row of training holds a prompt's K
-        replies."""
+        """Beside the policy: the reference, and the EMA opponent.
+        A row of training holds a prompt's K replies."""
         average = self.opponent == "ema" and self.objective == "nash"  # RLHF has no opponent
         return Holds(average=average, completions=self.samples_per_prompt)
 
@@ -307,8 +307,8 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
 def collect(
     exp: Experiment, indices: list[int], step: int, ema: EMA | None = None
 ) -> tuple[list[Group], dict]:
-    """The policy's K samples for each prompt and their preferences against the opponent's; metrics of the
-    sampling."""
+    """The policy's K samples for each prompt and their preferences
+    against the opponent's; metrics of the sampling."""
     args, seed = exp.args, common.derive_seed(exp.args.seed, step)
     rows, prompts = [exp.rows[i] for i in indices], [exp.prompts[i] for i in indices]
     own, rivals, stats = answer(exp, prompts, seed, ema)

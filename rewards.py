@@ -186,8 +186,8 @@ def preference_examples(exp: StagedExperiment, split: Split) -> list[Example]:
 
 @dataclass
 class Reward:
-    """A reward that ranks samples: a reward model in a folder, or without one the closed form log π_SFT − log
-    π_0."""
+    """A reward that ranks samples: a reward model in a folder,
+    or without one the closed form log π_SFT − log π_0."""
 
     label: str
     pairs: str  # how its pairs were built

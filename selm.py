@@ -52,7 +52,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 8
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimiser steps between checkpoints; 0: only at a signal, when a judge fails, and at the end."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -89,11 +89,11 @@ class Args(RunArgs):
     samples_per_prompt: int = 4
     """K, the policy's own answers to each prompt."""
     offline_responses: bool = False
-    """Also rank the data set's chosen and rejected responses as candidates (the paper's recipe, with K =
-    1)."""
+    """Also rank the data set's chosen and rejected responses
+    as candidates (the paper's recipe, with K = 1)."""
     offline_warmup: bool = False
-    """Before the iterations, one epoch of DPO on the data set's own pairs, on one slice more (the Zephyr
-    recipe)."""
+    """Before the iterations, one epoch of DPO on the data
+    set's own pairs, on one slice more (the Zephyr recipe)."""
 
     # optimisation
     max_steps: int | None = None
@@ -125,8 +125,8 @@ class Args(RunArgs):
     max_new_tokens: int = 24
     """Longest reply, in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy (needs --offline-responses, as K greedy answers are one and the
-    same)."""
+    """Sampling temperature; 0 is greedy (needs --offline-responses,
+    as K greedy answers are one and the same)."""
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
@@ -240,8 +240,8 @@ def selm_loss(
 
 @dataclass
 class Pair:
-    """One prompt's training example. Its completions are [chosen, rejected], and y_s third where it is
-    neither."""
+    """One prompt's training example. Its completions are
+    [chosen, rejected], and y_s third where it is neither."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
@@ -265,8 +265,8 @@ class Round:
 
 
 def plan_rounds(args: Args, prompts: int) -> list[Round]:
-    """Disjoint slices of the prompts, one for each round, and their optimiser steps (`--max-steps` split
-    evenly)."""
+    """Disjoint slices of the prompts, one for each round, and
+    their optimiser steps (`--max-steps` split evenly)."""
     if args.exploration == "xpo":
         steps = min(args.max_steps or prompts, -(-prompts // args.batch_size))
         return [

