@@ -33,16 +33,16 @@ RESULTS = ROOT / "benchmark/results/processes.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Whole runs in the tiny world of the tests: name: (script, data, judge, flags).
-LEARN = ["--learning-rate=0.001"]
+LEARN = ["--learning-rate=0.0003"]
 SELM = [*LEARN, "--iterations=3", "--num-prompts=42", "--alpha=0.1", "--save-every=4"]
 XPO = ["--exploration=xpo", "--samples-per-prompt=1", "--num-prompts=42", "--max-steps=5", "--alpha=0.01"]
 MD = [*LEARN, "--num-prompts=42", "--max-steps=5"]
-AFD = ["--num-prompts=44", "--dev-prompts=5", "--reward-prompts=21", "--max-n=3", "--learning-rate=0.001"]
-AFD += ["--min-demonstration-score=None", "--policy-learning-rate=0.001", "--reward-learning-rate=0.001"]
+AFD = ["--num-prompts=44", "--dev-prompts=5", "--reward-prompts=21", "--max-n=3", "--learning-rate=0.0003"]
+AFD += ["--min-demonstration-score=None", "--policy-learning-rate=0.0003", "--reward-learning-rate=0.0003"]
 AFD += ["--epochs=1", "--policy-epochs=1", "--samples-per-prompt=3"]
 ADVERSARIAL = [*AFD, "--policy-steps=3", "--replay=0.3"]
-SPIN = ["--num-prompts=44", "--min-demonstration-score=None", "--learning-rate=0.001", "--epochs=1"]
-SPIN += ["--policy-learning-rate=0.001", "--policy-epochs=1", "--iterations=2"]
+SPIN = ["--num-prompts=44", "--min-demonstration-score=None", "--learning-rate=0.0003", "--epochs=1"]
+SPIN += ["--policy-learning-rate=0.0003", "--policy-epochs=1", "--iterations=2"]
 GOOD, REWARD = "judges.py:more_good", "judges.py:goodness"
 RUNS = {
     "selm": ("selm", "prompts", GOOD, SELM),
@@ -62,9 +62,9 @@ RUNS = {
 }
 WEIGHTS = {
     "all weights": [],
-    "LoRA": ["--lora-rank=4"],
+    "LoRA": ["--lora-rank=4", "--lora-alpha=4"],
     "bfloat16 states": ["--optimizer-states=bfloat16"],
-    "LoRA, bfloat16 states": ["--lora-rank=4", "--optimizer-states=bfloat16"],
+    "LoRA, bfloat16 states": ["--lora-rank=4", "--lora-alpha=4", "--optimizer-states=bfloat16"],
 }
 # of the machine, not of the run
 CLOCK = ("tokens_per_second", "padding_fraction")
@@ -266,10 +266,14 @@ def matrix(names: list[str]) -> None:
                     nursery.run(
                         count, *flags(here, name, weights, runs, run), here / "output" / f"{run}-{count}"
                     )
-                for count in (2, 3):
+                # a yardstick: one process whose sums are rounded otherwise, as its micro-batches are smaller
+                script, argv = flags(here, name, weights, here / "runs-other", run)
+                nursery.run(1, script, [*argv, "--micro-batch-tokens=90"], here / "output" / f"{run}-other")
+                for count in (2, 3, "other"):
                     found = difference(here / "runs-1" / run, here / f"runs-{count}" / run)
-                    table[f"{name}, {weights}, {count} processes"] = found
-                    print(f"{name}, {weights}, {count} processes: {found}", flush=True)
+                    what = "1 process, smaller micro-batches" if count == "other" else f"{count} processes"
+                    table[f"{name}, {weights}, {what}"] = found
+                    print(f"{name}, {weights}, {what}: {found}", flush=True)
     nursery.close()
     worst = max(found["apart"] for found in table.values())
     print(
