@@ -313,10 +313,10 @@ def killed(nursery: Nursery, here: Path, name: str, after: float, victim: int) -
     return {**found, "seconds_until_all_ended": seconds}
 
 
-def resumed(nursery: Nursery, here: Path, name: str) -> dict:
-    """Resume copies of a killed run with 1 and with 3 processes; how far they end from the whole run."""
+def resumed(nursery: Nursery, here: Path, name: str, counts: tuple[int, ...] = (1, 3)) -> dict:
+    """Resume copies of a killed run with so many processes; how far they end from the whole run."""
     found = {}
-    for count in (1, 3):
+    for count in counts:
         copy = here / f"runs-{count}" / name
         shutil.copytree(here / "runs" / name, copy)
         nursery.run(count, "selm", [f"--resume={copy}"], here / "output" / f"{name}-{count}")
@@ -395,7 +395,7 @@ def measured(kind: str, states: str) -> None:
     size = (512, 12, 4096, torch.bfloat16) if kind == "memory" else (64, 4, 512, torch.float32)
     model = llama(*size)
     weights = sum(p.numel() for p in model.parameters())
-    steps, passes = 3, 2
+    steps, passes = (1, 2) if kind == "memory" else (3, 2)
     train_a_little(llama(16, 1, 64, size[3]), states, 1, 1)  # connections, threads, kernels
     reset_peak_memory()
     before, wire = peak_memory(), bytes_on_the_wire()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -328,9 +329,23 @@ def ending_together():
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
-        sys.exit(code)
+        _end_now(code)
+    except SystemExit as stop:
+        if _Place.failed:
+            _end_now(stop.code)
+        raise
     finally:
         leave()
+
+
+def _end_now(code: int) -> None:
+    """End with the others after a failure. torchrun sends SIGTERM to all once one has ended: they have heard, and end
+    with their own code."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave()
+    os._exit(code)
 
 
 def fail(code: int) -> int:

@@ -106,7 +106,7 @@ def test_one_killed_ends_all_and_the_run_goes_on_with_any_number(nursery, here):
         error = (here / "output" / name / f"err-{1 - victim}").read_text()
         assert f"error: process {victim} of 2 (id {pids[victim]} on " in error or "is gone" in error
         assert "Traceback" not in error and "--resume" in error
-        for found in processes.resumed(nursery, here, name).values():
+        for found in processes.resumed(nursery, here, name, (1, 3)[victim : victim + 1]).values():
             assert found["steps"] == len(rows) and found["same_samples"] and found["apart"] < 1e-5, found
 
 
@@ -142,7 +142,7 @@ def nan_on_one(prompts, a, b):
     "what,message",
     [
         ("a judge that raises on one", "ValueError: no answer"),
-        ("a judge that answers NaN on one", "its p"),
+        ("a judge that answers NaN on one", "value 0 is nan"),
         ("a mistake of all", "--beta must be above 0, got -1"),
         ("other flags on one", "process 1 of 2 was given other arguments: --seed 5 (process 0: 1)"),
         ("a resumed folder on one", "process 1 of 2 was given other arguments: "),
@@ -292,7 +292,7 @@ def test_memory_is_foreseen_for_processes_that_are_not_there(monkeypatch, capsys
         assert needs[8][what] == needs[1][what] // 8
     assert needs[8]["policy's weights"] == needs[1]["policy's weights"]
     weights = needs[1]["policy's weights"] / 2**30
-    assert 30 < weights + sum(v for k, v in needs[8].items() if k.startswith("optimiser")) / 2**30 < 31
+    assert 29.5 < weights + sum(v for k, v in needs[8].items() if k.startswith("optimiser")) / 2**30 < 31
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
