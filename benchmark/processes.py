@@ -30,19 +30,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results/processes.json"
-sys.path[:0] = [str(ROOT), os.environ.get("TINY", str(ROOT / "tests"))]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Whole runs in the tiny world of the tests: name: (script, data, judge, flags).
-LEARN = ["--learning-rate=0.001"]
+LEARN = ["--learning-rate=0.0003"]
 SELM = [*LEARN, "--iterations=3", "--num-prompts=42", "--alpha=0.1", "--save-every=4"]
 XPO = ["--exploration=xpo", "--samples-per-prompt=1", "--num-prompts=42", "--max-steps=5", "--alpha=0.01"]
 MD = [*LEARN, "--num-prompts=42", "--max-steps=5"]
-AFD = ["--num-prompts=44", "--dev-prompts=5", "--reward-prompts=21", "--max-n=3", "--learning-rate=0.001"]
-AFD += ["--min-demonstration-score=None", "--policy-learning-rate=0.001", "--reward-learning-rate=0.001"]
+AFD = ["--num-prompts=44", "--dev-prompts=5", "--reward-prompts=21", "--max-n=3", "--learning-rate=0.0003"]
+AFD += ["--min-demonstration-score=None", "--policy-learning-rate=0.0003", "--reward-learning-rate=0.0003"]
 AFD += ["--epochs=1", "--policy-epochs=1", "--samples-per-prompt=3"]
 ADVERSARIAL = [*AFD, "--policy-steps=3", "--replay=0.3"]
-SPIN = ["--num-prompts=44", "--min-demonstration-score=None", "--learning-rate=0.001", "--epochs=1"]
-SPIN += ["--policy-learning-rate=0.001", "--policy-epochs=1", "--iterations=2"]
+SPIN = ["--num-prompts=44", "--min-demonstration-score=None", "--learning-rate=0.0003", "--epochs=1"]
+SPIN += ["--policy-learning-rate=0.0003", "--policy-epochs=1", "--iterations=2"]
 GOOD, REWARD = "judges.py:more_good", "judges.py:goodness"
 RUNS = {
     "selm": ("selm", "prompts", GOOD, SELM),
@@ -62,9 +62,9 @@ RUNS = {
 }
 WEIGHTS = {
     "all weights": [],
-    "LoRA": ["--lora-rank=4"],
+    "LoRA": ["--lora-rank=4", "--lora-alpha=4"],
     "bfloat16 states": ["--optimizer-states=bfloat16"],
-    "LoRA, bfloat16 states": ["--lora-rank=4", "--optimizer-states=bfloat16"],
+    "LoRA, bfloat16 states": ["--lora-rank=4", "--lora-alpha=4", "--optimizer-states=bfloat16"],
 }
 # of the machine, not of the run
 CLOCK = ("tokens_per_second", "padding_fraction")
@@ -191,13 +191,21 @@ def nursery() -> None:
 
 def born(argv: list[str], env: dict, out: str, err: str) -> None:
     """What a forked process does, until it ends."""
+    import selm
     from cleanalign.command_line import command_line
+    from cleanalign.errors import require
+    from cleanalign.run import Run
 
     os.environ.update(env)
     for descriptor, name in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), descriptor)
     code, sys.argv = 0, [f"{argv[0]}.py", *argv[1:]]
     try:
+        if env.get("BLIND") and env.get("RANK") == "1":  # a machine whose disk is not the others'
+            Run._see_folder = lambda run: require(False, f"{run.folder} cannot be seen")
+        if env.get("BROKEN") and env.get("RANK") == "1":
+            whole = selm.selm_loss
+            selm.selm_loss = lambda *args, **more: whole(*args, **more) * float("nan")
         if argv[0] == "measured":
             measured(*argv[1:])
         else:
@@ -259,10 +267,14 @@ def matrix(names: list[str]) -> None:
                     nursery.run(
                         count, *flags(here, name, weights, runs, run), here / "output" / f"{run}-{count}"
                     )
-                for count in (2, 3):
+                # a yardstick: one process whose sums are rounded otherwise, as its micro-batches are smaller
+                script, argv = flags(here, name, weights, here / "runs-other", run)
+                nursery.run(1, script, [*argv, "--micro-batch-tokens=90"], here / "output" / f"{run}-other")
+                for count in (2, 3, "other"):
                     found = difference(here / "runs-1" / run, here / f"runs-{count}" / run)
-                    table[f"{name}, {weights}, {count} processes"] = found
-                    print(f"{name}, {weights}, {count} processes: {found}", flush=True)
+                    what = "1 process, smaller micro-batches" if count == "other" else f"{count} processes"
+                    table[f"{name}, {weights}, {what}"] = found
+                    print(f"{name}, {weights}, {what}: {found}", flush=True)
     nursery.close()
     worst = max(found["apart"] for found in table.values())
     print(
@@ -303,10 +315,10 @@ def killed(nursery: Nursery, here: Path, name: str, after: float, victim: int) -
     return {**found, "seconds_until_all_ended": seconds}
 
 
-def resumed(nursery: Nursery, here: Path, name: str) -> dict:
-    """Resume copies of a killed run with 1 and with 3 processes; how far they end from the whole run."""
+def resumed(nursery: Nursery, here: Path, name: str, counts: tuple[int, ...] = (1, 3)) -> dict:
+    """Resume copies of a killed run with so many processes; how far they end from the whole run."""
     found = {}
-    for count in (1, 3):
+    for count in counts:
         copy = here / f"runs-{count}" / name
         shutil.copytree(here / "runs" / name, copy)
         nursery.run(count, "selm", [f"--resume={copy}"], here / "output" / f"{name}-{count}")
@@ -385,7 +397,7 @@ def measured(kind: str, states: str) -> None:
     size = (512, 12, 4096, torch.bfloat16) if kind == "memory" else (64, 4, 512, torch.float32)
     model = llama(*size)
     weights = sum(p.numel() for p in model.parameters())
-    steps, passes = 3, 2
+    steps, passes = (1, 2) if kind == "memory" else (3, 2)
     train_a_little(llama(16, 1, 64, size[3]), states, 1, 1)  # connections, threads, kernels
     reset_peak_memory()
     before, wire = peak_memory(), bytes_on_the_wire()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -58,6 +59,7 @@ class _Place:
 
     rank, world = 0, 1
     store: dist.Store | None = None
+    watcher: threading.Thread | None = None
     over = threading.Event()  # set once this process no longer minds the others
     failed = lost = False
 
@@ -307,9 +309,9 @@ def join() -> None:
     _Place.store = dist.PrefixStore("cleanalign", store.clone())  # a connection of its own: the thread's
     _Place.store.set(f"process {place}", f"{socket.gethostname()} {os.getpid()}")
     _Place.over.clear()
-    threading.Thread(
-        target=_watch, args=(dist.PrefixStore("cleanalign", store.clone()),), daemon=True
-    ).start()
+    watching = dist.PrefixStore("cleanalign", store.clone())
+    _Place.watcher = threading.Thread(target=_watch, args=(watching,), daemon=True)
+    _Place.watcher.start()
     if place != 0:  # process 0 alone speaks
         sys.stdout = sys.stderr = _silence()
         transformers.logging.set_verbosity_error()
@@ -330,9 +332,23 @@ def ending_together():
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
-        sys.exit(code)
+        _end_now(code)
+    except SystemExit as stop:
+        if _Place.failed:
+            _end_now(stop.code)
+        raise
     finally:
         leave()
+
+
+def _end_now(code: int) -> None:
+    """End with the others after a failure. torchrun sends SIGTERM to all once one has ended: they have heard, and end
+    with their own code."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave()
+    os._exit(code)
 
 
 def fail(code: int) -> int:
@@ -367,15 +383,23 @@ def leave() -> None:
     if not _Place.failed:
         barrier()
     _Place.over.set()
-    with contextlib.suppress(RuntimeError):
-        _Place.store.add("left", 1)
-        deadline = time.monotonic() + BEAT
-        # the first to fail waits, or torchrun would end the others before they end by themselves
-        while int(_Place.store.add("left", 0)) < world() and time.monotonic() < deadline:
-            time.sleep(0.05)
+    _Place.watcher.join(2.0)
+    _part(_Place.store)
     if not _Place.failed:
         dist.destroy_process_group()
     _Place.rank, _Place.world, signals.together = 0, 1, False
+
+
+def _part(store: dist.Store) -> None:
+    """Say that this process leaves, and wait until all have: torchrun ends the others once one has ended, and whoever
+    holds the store must be the last."""
+    with contextlib.suppress(RuntimeError):
+        store.add("left", 1)
+        if rank() != 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return  # process 0 holds it
+        deadline = time.monotonic() + BEAT
+        while int(store.add("left", 0)) < world() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _on() -> str:
@@ -413,13 +437,13 @@ def _end(store: dist.Store | None, code: int, reason: str | None = None) -> None
         return
     speaks = reason is not None
     with contextlib.suppress(RuntimeError):
-        if store is not None:
-            if reason is not None:
-                speaks = store.add("failures", 1) == 1
-                store.set("code", str(code))
-            store.add("left", 1)
+        if store is not None and reason is not None:
+            speaks = store.add("failures", 1) == 1
+            store.set("code", str(code))
     if speaks:
         print(f"error: {reason} {AFTER_LOSS}", file=sys.__stderr__, flush=True)
+    if store is not None:
+        _part(store)
     os._exit(code)
 
 

@@ -201,7 +201,18 @@ def test_means_are_weighted_by_prompts_and_read_once(monkeypatch):
     total = means.read()
     assert len(reads) == 1 and all(isinstance(value, float) for value in total.values())
     assert total == {"loss": pytest.approx(0.3, rel=1e-6), "kl": 2.5} and means.not_finite() == []
-    assert not any(x.requires_grad for _, measured in means.parts for x in measured.values())
+    kept = [x for _, measured in means.parts for pair in measured.values() for x in pair]
+    assert not any(x.requires_grad for x in kept)
+
+
+def test_means_over_tokens_do_not_depend_on_the_split():
+    """A pair is a sum and its divisor; a single micro-batch logs the very quotient in float32."""
+    whole, halves = common.Means(2), (common.Means(2), torch.tensor([1.7, 2.6]), torch.tensor([3.0, 5.0]))
+    whole.add(["a", "b"], {"loss": torch.tensor(0.0), "entropy": (halves[1].sum(), halves[2].sum())})
+    for i, row in enumerate("ab"):
+        halves[0].add([row], {"loss": torch.tensor(0.0), "entropy": (halves[1][i], halves[2][i])})
+    assert whole.read()["entropy"] == (halves[1].sum() / halves[2].sum()).item()
+    assert halves[0].read()["entropy"] == pytest.approx(4.3 / 8, rel=1e-6)
 
 
 def test_means_name_the_rows_whose_loss_is_not_finite():

@@ -386,8 +386,17 @@ def test_all_tied_says_so(flags, world, capsys):
     assert stop.value.code == 2 and "every candidate tied" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused(flags, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    "env,message",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 with WORLD_SIZE=2"),
+    ],
+)
+def test_an_environment_that_is_torchruns_in_part_only(flags, monkeypatch, capsys, env, message):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
         start(*flags)
-    assert stop.value.code == 2 and "WORLD_SIZE=2" in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
