@@ -100,7 +100,7 @@ class Bench:
             "--model_alias",
             "smollm2-135m",
         ]
-        words += ["--logits_all", "true", "--n_ctx", "4096"]
+        words += ["--logits_all", "true", "--n_ctx", "768"]
         if self.args.server == "transformers":
             words = [self.args.python, self.args.python.parent / "transformers", "serve", "smollm2-135m"]
         words += ["--host", "127.0.0.1", "--port", str(self.args.port)]
