@@ -86,7 +86,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 50
-    """Optimiser steps between checkpoints; 0 writes none within a stage. A finished stage is always kept."""
+    """Optimiser steps between checkpoints; 0: only when a stage is finished, at a signal, and when a judge fails."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -118,13 +118,13 @@ class Args(RunArgs):
     eval_prompts: int = 128
     """Held-out prompts of the Best-of-N report and of the final comparison with the starting model."""
     dev_prompts: int = 32
-    """Demonstrations set aside: on them a reward model's separability is measured and the reward to report is
-    chosen."""
+    """Demonstrations set aside: on them a reward model's
+    separability is measured and the reward to report is chosen."""
 
     # algorithm
     objective: Literal["forward-kl", "reverse-kl", "js", "irl"] = "irl"
-    """forward-kl: SFT. reverse-kl, js: adversarial imitation from π_SFT on. irl: a reward model, then
-    extrapolation."""
+    """forward-kl: SFT. reverse-kl, js: adversarial imitation
+    from π_SFT on. irl: a reward model, then extrapolation."""
     pairs: tuple[Pairs, ...] = ("init-sft",)
     """Reward models to train, by their pairs, negative first; all are compared on the same samples. --reward
     reward-model distils the first."""
@@ -150,8 +150,8 @@ class Args(RunArgs):
     max_n: int = 16
     """Largest N of the Best-of-N report."""
     extrapolate: Literal["best-of-n", "distil"] = "distil"
-    """best-of-n: report only, the policy is π_SFT. distil: train it on the reward's best against its worst
-    sample."""
+    """best-of-n: report only, the policy is π_SFT. distil:
+    train it on the reward's best against its worst sample."""
     samples_per_prompt: int = 6
     """Samples that distil chooses from; of the adversarial objectives, own samples."""
     beta: float = 0.1
@@ -164,8 +164,8 @@ class Args(RunArgs):
     discriminator_updates: int = 1
     """reverse-kl, js: discriminator updates before each policy update."""
     whiten: bool = True
-    """reverse-kl, js: divide advantages by the batch's standard deviation, as the discriminator's scale
-    drifts."""
+    """reverse-kl, js: divide advantages by the batch's
+    standard deviation, as the discriminator's scale drifts."""
     replay: float = 0.0
     """reverse-kl, js: share of the discriminator's negatives taken from earlier steps' samples."""
 
@@ -214,9 +214,10 @@ class Args(RunArgs):
     stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy: the model it is tied to. A row of training holds a demonstration, or a prompt's
-        samples."""
-        return Holds(completions=1 if self.objective == "forward-kl" else self.samples_per_prompt)
+        """Beside the policy: the model it is tied to. A row of
+        training holds a demonstration, or a prompt's samples."""
+        completions = 1 if self.objective == "forward-kl" else self.samples_per_prompt
+        return Holds(completions=completions, models=2 + len(self.pairs))
 
 
 HH = Args(  # the paper's task: Anthropic's HH-RLHF
@@ -430,8 +431,8 @@ def train_sft(exp: StagedExperiment, policy, train: Split) -> None:
 
 @dataclass
 class Group:
-    """One prompt's training example of the policy: its K own samples and what each earned beyond its
-    baseline."""
+    """One prompt's training example of the policy: its K
+    own samples and what each earned beyond its baseline."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
@@ -462,6 +463,10 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
         own, _ = exp.sample(prompts, seed, args.samples_per_prompt)  # [G][K]
         share = learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
         metrics = {}
+        if exp.judge.score is not None:  # to look at; nothing learns from it
+            asked = [train.rows[i].prompt for i in chosen for _ in range(args.samples_per_prompt)]
+            texts = [text for group in exp.texts(own) for text in group]
+            metrics["score"] = exp.judge.score(asked, texts).mean().item()
         with run.phase("training"), sealed(exp.judge):
             # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier
             # policies.
@@ -482,14 +487,9 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
             metrics |= train_step(exp, of_policy, groups, step, args.policy_learning_rate * share)
         spread = reward.std(1).mean().item() if args.samples_per_prompt > 1 else 0.0
         metrics |= {"reward": reward.mean().item(), "reward_std": spread}
-        if exp.judge.score is not None:  # to look at; nothing learns from it
-            asked = [train.rows[i].prompt for i in chosen for _ in range(args.samples_per_prompt)]
-            texts = [text for group in exp.texts(own) for text in group]
-            metrics["score"] = exp.judge.score(asked, texts).mean().item()
         row = {f"adversarial/{name}": value for name, value in metrics.items()} | run.throughput()
         run.log(step, row, show=("adversarial/score", "adversarial/kl"))
-        if run.due(step) and index + 1 < steps:
-            exp.save_within("adversarial", index + 1, optimisers, replay=earlier)
+        exp.keep_within("adversarial", index + 1, optimisers, replay=earlier)
     for optimiser in optimisers.values():
         optimiser.release()
     exp.reference = None  # it was π_SFT; the final comparison is with π_0
@@ -743,8 +743,8 @@ def compare_rewards(
 
 
 def distil(exp: StagedExperiment, sft_source, train: Split, samples: list, scores: torch.Tensor) -> None:
-    """DPO of the sample that (G, M) `scores` like best against the one they like least; leaves the policy in
-    `exp`."""
+    """DPO of the sample that (G, M) `scores` like best against
+    the one they like least; leaves the policy in `exp`."""
     args, examples = exp.args, []
     best, worst = scores.argmax(1).tolist(), scores.argmin(1).tolist()
     for i, group in enumerate(samples):
@@ -791,6 +791,8 @@ def main(args: Args) -> None:
     args = exp.args
     data = load_data(exp)
     exp.begin(planned_steps(args, data))
+    if exp.trained:
+        return exp.finish(curves_of(exp.run.metrics))
 
     # 2. SFT: the forward KL.
     sft_source = args.sft_model or exp.run.folder / "sft"
@@ -813,8 +815,7 @@ def main(args: Args) -> None:
     else:
         summary |= inverse_rl(exp, sft_source, data)
 
-    # 4. Compare with the starting model on held-out prompts; save.
-    exp.reference = exp.load(args.model)
+    # 4. Save; compare with the starting model on held-out prompts.
     exp.finish(curves_of(exp.run.metrics), summary)
 
 

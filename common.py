@@ -103,8 +103,8 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
 
 
 def encode_response(tokenizer, prompt: Prompt, response: str, end: int, max_tokens: int) -> list[int]:
-    """Token ids of a data set's response, closed by the id `end`; cut (and then left open) at
-    `max_tokens`."""
+    """Token ids of a data set's response, closed by the id
+    `end`; cut (and then left open) at `max_tokens`."""
     if not tokenizer.chat_template and isinstance(prompt, list):
         response = " " + response  # after "\n\nAssistant:"
     ids = tokenizer(response, add_special_tokens=False).input_ids
@@ -146,7 +146,15 @@ def encode_rows(
         if text in seen:
             continue
         seen.add(text)
-        ids = encode_prompt(tokenizer, row.prompt)
+        try:
+            ids = encode_prompt(tokenizer, row.prompt)
+        except (
+            Exception
+        ) as error:  # a chat template can refuse anything: two turns of one speaker, an unknown role
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{row.id}: the model's chat template does not take this prompt: {first}"
+            ) from error
         if len(ids) > max_prompt_length:
             dropped[f"longer than --max-prompt-length {max_prompt_length}"] += 1
             continue

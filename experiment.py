@@ -16,7 +16,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -41,8 +40,10 @@ from cleanalign.models import (
 )
 from cleanalign.optimization import bytes_per_weight, learning_rate_at, make_optimiser
 from cleanalign.reporting import model_card
-from cleanalign.run import Run, keep
+from cleanalign.run import Run
+from cleanalign.signals import signals
 from cleanalign.statistics import distinct_n
+from cleanalign.storage import require_space, write_json, write_text
 from judges import Judge, both_orders, load_judge
 
 __all__ = [
@@ -64,7 +65,6 @@ __all__ = [
     "stage_steps",
     "train_stage",
     "with_reference",
-    "write_model",
 ]
 
 # ---------------------------------------------------------------------------------------------
@@ -96,6 +96,10 @@ class RunArgs:
     """Name of this run's folder, which must not exist; None makes one of script, model, seed and time."""
     resume: str | None = None
     """Run folder to continue from its last checkpoint, with the arguments it had."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay in the run folder, the newest ones: a damaged one is passed over for the one before it."""
+    save_async: Literal["auto", "on", "off"] = "auto"
+    """Copy a checkpoint to host memory and write it while training goes on: it costs that memory. auto is on with a GPU."""
     track: bool = False
     """Also log to Weights & Biases (needs the package wandb)."""
     dry_run: bool = False
@@ -105,8 +109,8 @@ class RunArgs:
 
 def check_common(args) -> None:
     """The checks every script shares. Raises `UserError` naming flag and value."""
-    positive = ("batch_size", "max_new_tokens", "max_prompt_length", "eval_prompts", "micro_batch_tokens")
-    for name in positive:
+    positive = ["batch_size", "max_new_tokens", "max_prompt_length", "eval_prompts", "micro_batch_tokens"]
+    for name in [*positive, "keep_checkpoints"]:
         require(getattr(args, name) >= 1, f"{flag(name)} must be at least 1, got {getattr(args, name)}.")
     for name in ("temperature", "weight_decay", "max_grad_norm", "lora_rank", "save_every", "sample_rows"):
         require(getattr(args, name) >= 0, f"{flag(name)} must not be negative, got {getattr(args, name)}.")
@@ -147,15 +151,22 @@ class Experiment:
     eval_prompts: list[list[int]] = field(default_factory=list)
     policy: torch.nn.Module | None = None
     reference: object = None  # the frozen starting model; None while no step needs it
+    weights: int = 0  # numbers of weights: of the starting model, and of what is trained
+    trained_weights: int = 0
     run: Run | None = None
     state: dict | None = None  # the checkpoint that a resumed run goes on from
 
     def begin(self, steps: int) -> None:
-        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be
-        good."""
+        """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good."""
         self.run = Run(self.script, self.args, steps)
         self.run.create()
+        require_space(self.run.folder, disk_bytes(self), "checkpoints and model of this run")
         self.state = self.run.restore()
+
+    @property
+    def trained(self) -> bool:
+        """Whether this is a resumed run whose training is over: it goes straight to `finish`."""
+        return self.state is not None and self.state.get("trained", False)
 
     def sample(self, prompts: list[list[int]], seed: int, completions: int = 1, model=None, **more):
         """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are
@@ -176,16 +187,24 @@ class Experiment:
         return [[common.decode(self.tokenizer, reply) for reply in group] for group in replies]
 
     def finish(self, curves: tuple[str, ...], more: dict | None = None) -> None:
-        """Compare policy and starting model on held-out prompts, save the policy, write the summary (with
-        `more` in it) and curves."""
+        """Save the policy; then compare it with the starting model on held-out prompts; write summary (with `more` in
+        it) and curves. What is compared is what was saved: with LoRA the merged weights."""
         if self.args.dry_run:
             return self.run.finish_dry_run(self.policy)
-        if self.reference is None:
-            args = self.args
-            self.reference = starting_model(self.policy, args.model, self.dtype, self.device, self.attention)
+        folder = self.run.folder / "model"
+        if self.trained:
+            more = self.state["more"]
+            self.policy = load_model(str(folder), self.dtype, self.device, self.attention)
+        else:
+            self.policy = save_model(self.policy, self.tokenizer, folder)
+            self.run.save({"trained": True, "more": more or {}})
+        signals.busy = False
+        signals.check()
+        if self.args.lora_rank > 0:
+            self.reference = None  # it was the policy's own weights
         with self.run.phase("evaluation"):
             summary = {**(more or {}), **evaluate(self)}
-        write_model(self, summary)
+        write_text(folder / "README.md", model_card(self.script, self.run.folder.name, self.args, summary))
         self.run.finish(summary, curves)
 
 
@@ -220,21 +239,28 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
         reference = starting_model(policy, args.model, dtype, device, attention)
     members = [policy] if reference is None else [policy, reference]
     args = replace(args, sample_rows=rows_at_once(args, members, dtype))
+    models = policy, reference, *count_weights(policy)
     return Experiment(
-        script,
-        args,
-        device,
-        dtype,
-        attention,
-        tokenizer,
-        ends,
-        judge,
-        eval_judge,
-        *train,
-        *test,
-        policy,
-        reference,
+        script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge, *train, *test, *models
     )
+
+
+def count_weights(model) -> tuple[int, int]:
+    """Numbers of weights of a model: all of them, and those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def disk_bytes(exp: Experiment) -> int:
+    """Bytes that a run will write: its checkpoints, one more while that is written, the models it saves, its logs."""
+    args, holds = exp.args, exp.args.holds()
+    states = bytes_per_weight(args.optimizer_states, exp.dtype)
+    per_weight = sum(states.values()) - states["gradient"] + 4 * holds.average
+    if args.optimizer_states == "bfloat16":
+        per_weight += exp.dtype.itemsize  # its masters are the weights and their low bits
+    checkpoint = exp.trained_weights * per_weight
+    copies = args.keep_checkpoints + 1 if args.save_every else 1
+    return copies * checkpoint + holds.models * exp.weights * exp.dtype.itemsize + 2**25
 
 
 def rows_at_once(args, members: list, dtype: torch.dtype) -> int:
@@ -303,7 +329,7 @@ class StagedExperiment(Experiment):
 
     def begin(self, steps: int) -> None:
         super().begin(steps)
-        self.done = list(self.state["done"]) if self.state else []
+        self.done = list(self.state.get("done", [])) if self.state else []
 
     def load(self, source, attention: str | None = None, trainable: bool = False):
         """A causal language model, frozen or as a policy that starts there."""
@@ -314,22 +340,23 @@ class StagedExperiment(Experiment):
         return make_trainable(model, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
 
     def kept_samples(self, name: str, model, prompts: list[list[int]], completions: int):
-        """Samples [prompt][completion] of `model`, kept in the run folder under `name`: a resumed run reads
-        them."""
+        """Samples [prompt][completion] of `model`, kept in the
+        run folder under `name`: a resumed run reads them."""
         file = self.run.folder / "replies" / f"{name}.json"
         if not file.exists():
             seed, progress = common.derive_seed(self.args.seed, name), f"sampling: {name}"
-            keep(file, self.sample(prompts, seed, completions, model, progress=progress)[0])
+            write_json(file, self.sample(prompts, seed, completions, model, progress=progress)[0])
         return json.loads(file.read_text())
 
-    def save_within(self, stage: str, step: int, optimisers: dict, **more) -> None:
-        """Checkpoint after `step` steps of a stage."""
+    def keep_within(self, stage: str, step: int, optimisers: dict, **more) -> None:
+        """`Run.keep` after `step` steps of a stage."""
         states = {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
-        self.run.save({"done": self.done, "stage": stage, "step": step, **states, **more})
+        state = {"done": self.done, "stage": stage, "step": step, **states, **more}
+        self.run.keep(len(self.run.metrics), state)
 
     def restore_within(self, stage: str, optimisers: dict) -> int:
         """Steps of `stage` already done; its optimisers as they were."""
-        if self.state is None or self.state["stage"] != stage:
+        if self.state is None or self.state.get("stage") != stage:
             return 0
         for name, optimiser in optimisers.items():
             optimiser.load_state_dict(self.state[name])
@@ -356,7 +383,11 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     start = load_model(args.model, dtype, device, attention)
     args = replace(args, sample_rows=rows_at_once(args, [start, start], dtype))
     ends = end_tokens(start, tokenizer)
-    return StagedExperiment(script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge)
+    policy = make_trainable(start, args.lora_rank, args.lora_alpha, gradient_checkpointing=False)
+    weights, trained = count_weights(policy)
+    exp = StagedExperiment(script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge)
+    exp.weights, exp.trained_weights = weights, trained
+    return exp
 
 
 def load_demonstrations(exp: Experiment, aside: int, columns: tuple[str, ...] = ()):
@@ -432,8 +463,7 @@ def train_stage(
         total["learning_rate"] = learning_rate
         row = {f"{stage.name}/{name}": value for name, value in total.items()} | run.throughput()
         run.log(step, row, show=(f"{stage.name}/loss", f"{stage.name}/accuracy"))
-        if run.due(step) and index + 1 < len(batches):
-            exp.save_within(stage.name, index + 1, {"optimiser": optimiser})
+        exp.keep_within(stage.name, index + 1, {"optimiser": optimiser})
     optimiser.release()
 
 
@@ -444,8 +474,8 @@ def stage_steps(args, examples: int, epochs: int) -> int:
 
 
 def stage_batches(args, stage: Stage, examples: int) -> list[list[int]]:
-    """Indices of every optimiser step of a stage: each epoch in an order of its own, `--max-steps` at
-    most."""
+    """Indices of every optimiser step of a stage: each
+    epoch in an order of its own, `--max-steps` at most."""
     batches = []
     for epoch in range(stage.epochs):
         order = list(range(examples))
@@ -468,7 +498,7 @@ def with_reference(exp: StagedExperiment, name: str, model, examples: list[Examp
         with exp.run.phase("reference"):
             sums = common.sequence_logprobs(model, *columns, exp.device, size, progress)
         filled = [replace(example, reference=row) for example, row in zip(examples, sums, strict=True)]
-        keep(file, [dataclasses.asdict(example) for example in filled])
+        write_json(file, [dataclasses.asdict(example) for example in filled])
     return [Example(**fields) for fields in json.loads(file.read_text())]
 
 
@@ -501,31 +531,27 @@ def evaluate(exp: Experiment) -> dict:
     scalar.
     """
     args, judge, eval_judge = exp.args, exp.judge, exp.eval_judge
-    seed = common.derive_seed("evaluation", 0)
-    settings = sampling_settings(args)
-    replies, texts = {}, {}
-    for name, model in (("start", exp.reference), ("policy", exp.policy)):
-        progress = f"evaluate: {name}"
-        replies[name] = common.sample(
-            model, exp.eval_prompts, exp.ends, seed=seed, progress=progress, **settings
+    temperature, asked = args.temperature or 1.0, [row.prompt for row in exp.eval_rows]
+    replies, texts, sums = {}, {}, {}
+    # One model after the other, the policy first: then it can go.
+    for name in ("policy", "start"):
+        model = exp.policy if name == "policy" else starting(exp)
+        seed, progress = common.derive_seed("evaluation", 0), f"evaluate: {name}"
+        settings = sampling_settings(args)
+        drawn = common.sample(model, exp.eval_prompts, exp.ends, seed=seed, progress=progress, **settings)
+        replies[name] = drawn
+        texts[name] = [group[0] for group in exp.texts(drawn)]
+        sums[name] = common.sequence_logprobs(
+            model, exp.eval_prompts, replies["policy"], temperature, exp.device, args.micro_batch_tokens
         )
-        texts[name] = [group[0] for group in exp.texts(replies[name])]
+        exp.policy = model = None
 
-    asked = [row.prompt for row in exp.eval_rows]
     p = both_orders(judge, asked, texts["policy"], texts["start"]).tolist()
     p_eval = None
     if eval_judge:
         p_eval = both_orders(eval_judge, asked, texts["policy"], texts["start"]).tolist()
     write_samples(exp, texts, p, p_eval)
-
-    temperature = args.temperature or 1.0
-    of_policy, of_start = (
-        common.sequence_logprobs(
-            model, exp.eval_prompts, replies["policy"], temperature, exp.device, args.micro_batch_tokens
-        )
-        for model in (exp.policy, exp.reference)
-    )
-    log_ratios = [a[0] - b[0] for a, b in zip(of_policy, of_start, strict=True)]
+    log_ratios = [a[0] - b[0] for a, b in zip(sums["policy"], sums["start"], strict=True)]
 
     by_eval_judge = versus(p_eval) if p_eval else {}
     measured = {}
@@ -549,27 +575,28 @@ def evaluate(exp: Experiment) -> dict:
     }
 
 
+def starting(exp: Experiment):
+    """The starting model: the reference, or read from where it came where no step needed one."""
+    if exp.reference is None:
+        exp.reference = load_model(exp.args.model, exp.dtype, exp.device, exp.attention)
+    return exp.reference
+
+
 def write_samples(
     exp: Experiment, texts: dict[str, list[str]], p: list[float], p_eval: list[float] | None
 ) -> None:
-    """samples.jsonl: all held-out prompts, both answers and what the judges say, so that anybody can count
-    again."""
+    """samples.jsonl: all held-out prompts, both answers and
+    what the judges say, so that anybody can count again."""
     columns = (exp.eval_rows, texts["start"], texts["policy"], p, p_eval or [None] * len(p))
-    with open(exp.run.folder / "samples.jsonl", "w") as file:
-        for row, start, policy, preference, other in zip(*columns, strict=True):
-            sample = {
-                "id": row.id,
-                "prompt": prompt_text(row.prompt),
-                "start": start,
-                "policy": policy,
-                "preference": preference,
-                "eval_preference": other,
-            }
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
-def write_model(exp: Experiment, summary: dict) -> None:
-    """Write model/: weights, tokenizer and a model card that says how it was made and how it scored."""
-    folder = exp.run.folder / "model"
-    save_model(exp.policy, exp.tokenizer, folder)
-    Path(folder / "README.md").write_text(model_card(exp.script, exp.run.folder.name, exp.args, summary))
+    lines = []
+    for row, start, policy, preference, other in zip(*columns, strict=True):
+        sample = {
+            "id": row.id,
+            "prompt": prompt_text(row.prompt),
+            "start": start,
+            "policy": policy,
+            "preference": preference,
+            "eval_preference": other,
+        }
+        lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+    write_text(exp.run.folder / "samples.jsonl", "".join(lines))

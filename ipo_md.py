@@ -51,7 +51,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 20
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimiser steps between checkpoints; 0: only at a signal, when a judge fails, and at the end."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -83,8 +83,8 @@ class Args(RunArgs):
     """Share of the reference in the mixture that both replies are sampled from; 0 is online-IPO, 1 samples
     the reference."""
     labels: Literal["soft", "bernoulli", "argmax"] = "soft"
-    """What the judge's p becomes: itself, a coin flip of that chance, or 1[p > 1/2] (another game; ties stay
-    1/2)."""
+    """What the judge's p becomes: itself, a coin flip of that
+    chance, or 1[p > 1/2] (another game; ties stay 1/2)."""
     length_normalize: bool = False
     """Divide each reply's log-probs by its length, as TRL's offline trainer does; the paper sums."""
     offline: bool = False
@@ -278,8 +278,8 @@ def collect(exp: Experiment, indices: list[int], step: int) -> tuple[list[Pair],
 
 
 def label_of(kind: Literal["soft", "bernoulli", "argmax"], p: float, coin: random.Random) -> float:
-    """What the judge's p(a ≻ b) becomes in the loss: itself, a draw with that chance, or 1[p > ½] (ties stay
-    ½)."""
+    """What the judge's p(a ≻ b) becomes in the loss: itself,
+    a draw with that chance, or 1[p > ½] (ties stay ½)."""
     if kind == "soft" or (kind == "argmax" and p == 0.5):
         return p
     return float(coin.random() < p) if kind == "bernoulli" else float(p > 0.5)
@@ -351,6 +351,8 @@ def main(args: Args) -> None:
     exp = set_up("ipo_md", args, ("chosen", "rejected") if args.offline else ())
     batches = plan_batches(args, len(exp.rows))
     exp.begin(len(batches))
+    if exp.trained:
+        return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     if exp.state:
         optimiser.load_state_dict(exp.state["optimiser"])
@@ -368,10 +370,9 @@ def main(args: Args) -> None:
             metrics |= train_step(exp, optimiser, pairs, step, learning_rate)
         metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
         exp.run.log(step, metrics, show=("loss", "score", "rewards/accuracy", "kl"))
-        if exp.run.due(step):
-            exp.run.save({"step": step, "optimiser": optimiser.state_dict()})
+        exp.run.keep(step, {"step": step, "optimiser": optimiser.state_dict()})
 
-    # 4. Compare with the starting model on held-out prompts; save.
+    # 4. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

@@ -36,8 +36,8 @@ from transformers.utils.hub import cached_file
 from cleanalign import synthetic
 from cleanalign.data import Prompt, prompt_text, write_dialogue
 from cleanalign.decoding import left_pad
-from cleanalign.errors import UserError, near, optional_import, require
-from cleanalign.models import hub_errors
+from cleanalign.errors import JudgeFailure, UserError, near, optional_import, require
+from cleanalign.models import hub_errors, try_template
 
 LEXICON_SCALE = 4.0  # p = σ(4 Δ): compound and polarity live in [−1, 1], so certain cases reach p = .98
 
@@ -61,8 +61,45 @@ class Judge:
 
 
 def load_judge(spec: str, device: torch.device | str = "cpu", flag: str = "--judge") -> Judge:
-    """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not
-    there."""
+    """The judge that `spec` names (see the module's docstring). Raises `UserError` for one that is not there.
+
+    Whatever goes wrong when it is asked (an exception, a time-out, a wrong number of values, NaN, a preference
+    outside [0, 1]) is a `JudgeFailure`, by which a run knows to checkpoint first.
+    """
+    judge = _make_judge(spec, device, flag)
+    judge.preference = _checked(judge.preference, f"{flag} {spec}", "p(a ≻ b)", greatest=1.0)
+    if judge.score is not None:
+        judge.score = _checked(judge.score, f"{flag} {spec}", "score")
+    return judge
+
+
+def _checked(ask: Callable, judge: str, what: str, greatest: float = math.inf) -> Callable:
+    """`ask`, its answers checked: one finite value for each row, and in [0, greatest] where that is finite."""
+
+    def answer(*columns):
+        try:
+            values = ask(*columns)
+        except torch.OutOfMemoryError:
+            raise  # the run gives its own advice on that
+        except UserError as error:
+            raise JudgeFailure(str(error)) from error
+        except Exception as error:
+            raise JudgeFailure(f"{judge} failed: {type(error).__name__}: {error}") from error
+        if len(values) != len(columns[0]):
+            raise JudgeFailure(f"{judge}: {len(values)} values for {len(columns[0])} rows.")
+        wrong = ~values.isfinite()
+        if math.isfinite(greatest):
+            wrong |= (values < 0) | (values > greatest)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            row = " and ".join(repr(str(column[i])[:60]) for column in columns)
+            raise JudgeFailure(f"{judge}: its {what} is {values[i].item()} for {row}.")
+        return values
+
+    return answer
+
+
+def _make_judge(spec: str, device: torch.device | str, flag: str) -> Judge:
     if spec in LEXICONS:
         return scalar_judge(spec, LEXICONS[spec](), scale=LEXICON_SCALE)
     if spec == "cycle":
@@ -134,8 +171,8 @@ def cycle_preference(prompts, a, b) -> torch.Tensor:
 
 
 def cycle_measure(replies: list[str]) -> dict[str, float]:
-    """Share of each style, and the exploitability of this mix: the best style's win rate against it, minus
-    ½."""
+    """Share of each style, and the exploitability of this
+    mix: the best style's win rate against it, minus ½."""
     shares = torch.bincount(torch.tensor([style(reply) for reply in replies]), minlength=3).double() / len(
         replies
     )
@@ -162,12 +199,17 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     """
     require(bool(name), f"{flag} hf:ID needs a hub id or folder after 'hf:'.")
     with hub_errors(flag, name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, truncation_side="left"
+        )
         model = (
-            transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype="auto")
+            transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, trust_remote_code=False, dtype="auto"
+            )
             .to(device)
             .eval()
         )
+    try_template(tokenizer, f"{flag} hf:{name}")
     labels = model.config.num_labels
     require(
         labels in (1, 2), f"{flag} hf:{name}: a reward model has one or two labels, this one has {labels}."
@@ -225,8 +267,8 @@ def conversation(prompt: Prompt) -> list[dict]:
 
 
 def by_length(rows: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Indices of token rows, shortest first, in parts of at most `max_tokens` (or one row), padding
-    included."""
+    """Indices of token rows, shortest first, in parts of at
+    most `max_tokens` (or one row), padding included."""
     parts: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         if parts and (len(parts[-1]) + 1) * len(rows[i]) <= max_tokens:
@@ -447,9 +489,9 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
     """
     require(bool(name), f"{flag} pairwise:ID needs a hub id or folder after 'pairwise:'.")
     with hub_errors(flag, name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = (
-            transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype="auto")
             .to(device)
             .eval()
             .requires_grad_(False)
@@ -458,6 +500,7 @@ def pairwise_model(name: str, device, flag: str = "--judge", max_tokens: int = 1
         bool(tokenizer.chat_template),
         f"{flag} pairwise:{name}: its tokenizer has no chat template, so it cannot be asked.",
     )
+    try_template(tokenizer, f"{flag} pairwise:{name}")
     answers = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     single = all(len(ids) == 1 for ids in answers) and answers[0] != answers[1]
     require(

@@ -51,7 +51,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 20
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimiser steps between checkpoints; 0: only at a signal, when a judge fails, and at the end."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -76,11 +76,11 @@ class Args(RunArgs):
 
     # algorithm
     objective: Literal["nash", "rlhf"] = "nash"
-    """nash: the win rate against the opponent. rlhf: a scalar judge's score, the papers' baseline (no
-    opponent)."""
+    """nash: the win rate against the opponent. rlhf: a scalar
+    judge's score, the papers' baseline (no opponent)."""
     opponent: Literal["mixture", "ema", "self", "reference"] = "mixture"
-    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA), self (self-play), reference (best response to
-    it)."""
+    """Who the policy plays: mixture (Nash-MD), ema (Nash-EMA),
+    self (self-play), reference (best response to it)."""
     tau: float = 0.008
     """Strength of the tie to the reference, τ: the weight of the KL."""
     beta: float = 0.125
@@ -133,8 +133,8 @@ class Args(RunArgs):
     stands in args.json."""
 
     def holds(self) -> Holds:
-        """Beside the policy: the reference, and the EMA opponent. A row of training holds a prompt's K
-        replies."""
+        """Beside the policy: the reference, and the EMA opponent.
+        A row of training holds a prompt's K replies."""
         average = self.opponent == "ema" and self.objective == "nash"  # RLHF has no opponent
         return Holds(average=average, completions=self.samples_per_prompt)
 
@@ -308,8 +308,8 @@ def plan_batches(args: Args, prompts: int) -> list[list[int]]:
 def collect(
     exp: Experiment, indices: list[int], step: int, ema: EMA | None = None
 ) -> tuple[list[Group], dict]:
-    """The policy's K samples for each prompt and their preferences against the opponent's; metrics of the
-    sampling."""
+    """The policy's K samples for each prompt and their preferences
+    against the opponent's; metrics of the sampling."""
     args, seed = exp.args, common.derive_seed(exp.args.seed, step)
     rows, prompts = [exp.rows[i] for i in indices], [exp.prompts[i] for i in indices]
     own, rivals, stats = answer(exp, prompts, seed, ema)
@@ -442,6 +442,8 @@ def main(args: Args) -> None:
     )
     batches = plan_batches(args, len(exp.rows))
     exp.begin(len(batches))
+    if exp.trained:
+        return exp.finish(CURVES)
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     ema = EMA(optimiser, args.ema_decay) if args.holds().average else None
     if exp.state:
@@ -464,11 +466,10 @@ def main(args: Args) -> None:
                 ema.update()
         metrics |= {"learning_rate": learning_rate, **exp.run.throughput()}
         exp.run.log(step, metrics, show=("preference", "score", "exploitability", "kl"))
-        if exp.run.due(step):
-            average = ema.weights if ema else None
-            exp.run.save({"step": step, "optimiser": optimiser.state_dict(), "ema": average})
+        average = ema.weights if ema else None
+        exp.run.keep(step, {"step": step, "optimiser": optimiser.state_dict(), "ema": average})
 
-    # 4. Compare with the starting model on held-out prompts; save.
+    # 4. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

@@ -46,7 +46,7 @@ def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
         transformers.logging.set_verbosity_error()  # no report that the new head is not in the checkpoint
         try:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=attention
+                folder, trust_remote_code=False, config=config, dtype=dtype, attn_implementation=attention
             )
         finally:
             transformers.logging.set_verbosity(level)
@@ -184,8 +184,8 @@ def preference_examples(exp: StagedExperiment, split: Split) -> list[Example]:
 
 @dataclass
 class Reward:
-    """A reward that ranks samples: a reward model in a folder, or without one the closed form log π_SFT − log
-    π_0."""
+    """A reward that ranks samples: a reward model in a folder,
+    or without one the closed form log π_SFT − log π_0."""
 
     label: str
     pairs: str  # how its pairs were built

@@ -51,7 +51,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 8
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimiser steps between checkpoints; 0: only at a signal, when a judge fails, and at the end."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -88,11 +88,11 @@ class Args(RunArgs):
     samples_per_prompt: int = 4
     """K, the policy's own answers to each prompt."""
     offline_responses: bool = False
-    """Also rank the data set's chosen and rejected responses as candidates (the paper's recipe, with K =
-    1)."""
+    """Also rank the data set's chosen and rejected responses
+    as candidates (the paper's recipe, with K = 1)."""
     offline_warmup: bool = False
-    """Before the iterations, one epoch of DPO on the data set's own pairs, on one slice more (the Zephyr
-    recipe)."""
+    """Before the iterations, one epoch of DPO on the data
+    set's own pairs, on one slice more (the Zephyr recipe)."""
 
     # optimisation
     max_steps: int | None = None
@@ -124,8 +124,8 @@ class Args(RunArgs):
     max_new_tokens: int = 24
     """Longest reply, in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy (needs --offline-responses, as K greedy answers are one and the
-    same)."""
+    """Sampling temperature; 0 is greedy (needs --offline-responses,
+    as K greedy answers are one and the same)."""
     top_p: float = 1.0
     """Nucleus sampling mass; below 1 the losses, which ignore it, are no longer exact."""
     sample_rows: int = 128
@@ -239,8 +239,8 @@ def selm_loss(
 
 @dataclass
 class Pair:
-    """One prompt's training example. Its completions are [chosen, rejected], and y_s third where it is
-    neither."""
+    """One prompt's training example. Its completions are
+    [chosen, rejected], and y_s third where it is neither."""
 
     row_id: str
     prompt: list[int]  # (P,) token ids
@@ -264,8 +264,8 @@ class Round:
 
 
 def plan_rounds(args: Args, prompts: int) -> list[Round]:
-    """Disjoint slices of the prompts, one for each round, and their optimiser steps (`--max-steps` split
-    evenly)."""
+    """Disjoint slices of the prompts, one for each round, and
+    their optimiser steps (`--max-steps` split evenly)."""
     if args.exploration == "xpo":
         steps = min(args.max_steps or prompts, -(-prompts // args.batch_size))
         return [
@@ -468,6 +468,8 @@ def main(args: Args) -> None:
     exp = set_up("selm", args, columns)
     rounds = plan_rounds(args, len(exp.rows))
     exp.begin(sum(this.steps for this in rounds))
+    if exp.trained:
+        return exp.finish(CURVES)
     state = exp.state or {"step": 0, "round": 0}  # a resumed round also has its pairs and the optimiser
     step, optimiser = state["step"], None
 
@@ -493,6 +495,7 @@ def main(args: Args) -> None:
         state = {}
 
         # 5. Train on the pairs.
+        kept = {"pairs": [asdict(pair) for pair in pairs], "dropped": dropped}
         batches = batches_of(pairs, args, this)
         exp.run.fewer_steps(this.steps - len(batches))  # ties were dropped
         planned = len(rounds) if args.exploration == "xpo" else len(batches)
@@ -510,17 +513,10 @@ def main(args: Args) -> None:
             exp.run.log(
                 step, metrics | exp.run.throughput(), show=("loss", "score", "rewards/accuracy", "kl")
             )
-            if exp.run.due(step):
-                place = {
-                    "step": step,
-                    "round": number,
-                    "batch": index + 1,
-                    "iteration_start": iteration_start,
-                }
-                kept = {"pairs": [asdict(pair) for pair in pairs], "dropped": dropped}
-                exp.run.save({**place, **kept, "optimiser": optimiser.state_dict()})
+            place = {"step": step, "round": number, "batch": index + 1, "iteration_start": iteration_start}
+            exp.run.keep(step, {**place, **kept, "optimiser": optimiser.state_dict()})
 
-    # 6. Compare with the starting model on held-out prompts; save.
+    # 6. Save; compare with the starting model on held-out prompts.
     optimiser.release()
     exp.finish(CURVES)
 

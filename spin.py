@@ -58,7 +58,7 @@ class Args(RunArgs):
 
     # run
     save_every: int = 50
-    """Optimiser steps between checkpoints; 0 writes none within a stage. A finished stage is always kept."""
+    """Optimiser steps between checkpoints; 0: only when a stage is finished, at a signal, and when a judge fails."""
 
     # model and data
     model: str = "smollm2-135m"
@@ -137,7 +137,7 @@ class Args(RunArgs):
     def holds(self) -> Holds:
         """Beside the policy nothing: the reference's log-probs are taken before an iteration trains. A row
         holds two replies."""
-        return Holds(reference=False, completions=2)
+        return Holds(reference=False, completions=2, models=self.iterations + 2)
 
 
 HH = Args(  # the task of afd.py's recipes: Anthropic's HH-RLHF
@@ -244,6 +244,8 @@ def main(args: Args) -> None:
     n = len(train.prompts)
     steps = args.iterations * stage_steps(args, n, args.policy_epochs)
     exp.begin(steps + (0 if args.sft_model else stage_steps(args, n, args.epochs)))
+    if exp.trained:
+        return exp.finish(curves_of(args))
 
     # 2. SFT: the first player.
     source = args.sft_model or exp.run.folder / "sft"
@@ -272,10 +274,15 @@ def main(args: Args) -> None:
             del policy
         source = folder
 
-    # 4. Compare with the starting model on held-out prompts; save.
-    exp.policy, exp.reference = exp.load(source), exp.load(args.model)
-    curves = [f"{stage}/{name}" for stage in exp.done for name in ("loss", "accuracy")]
-    exp.finish(tuple(curves))
+    # 4. Save; compare with the starting model on held-out prompts.
+    exp.policy = exp.load(source)
+    exp.finish(curves_of(args))
+
+
+def curves_of(args: Args) -> tuple[str, ...]:
+    """The logged metrics worth a plot."""
+    stages = [f"spin-{iteration}" for iteration in range(1, args.iterations + 1)]
+    return ("sft/loss", *(f"{stage}/{name}" for stage in stages for name in ("loss", "accuracy")))
 
 
 if __name__ == "__main__":

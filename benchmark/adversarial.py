@@ -1,7 +1,9 @@
-"""Adversarial imitation over its updates: the curves of finished runs of afd.py --objective reverse-kl and js in one plot.
+"""Adversarial imitation over its updates: the curves of finished runs of afd.py --objective reverse-kl and js
+in one plot.
 
-    python afd.py --objective reverse-kl --sft-model runs/NAME/sft --run-name rkl     # and --objective js --run-name js
-    python benchmark/adversarial.py runs/rkl runs/js                                  # writes results/adversarial.png and .json
+    python afd.py --objective reverse-kl --sft-model runs/NAME/sft --run-name rkl
+    python afd.py --objective js --sft-model runs/NAME/sft --run-name js
+    python benchmark/adversarial.py runs/rkl runs/js       # writes results/adversarial.png and .json
 
 The judge's score of the policy's samples is there to look at; nothing learned from it.
 """
@@ -12,10 +14,10 @@ import json
 import sys
 from pathlib import Path
 
+import record
 import tyro
 from compare import smooth
 
-ROOT = Path(__file__).resolve().parent.parent
 PANELS = {
     "score": "judge's score of the policy's samples",
     "discriminator_accuracy": "discriminator's accuracy on its batch, before its update",
@@ -37,35 +39,29 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], name: str = "adversarial"
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7))
-    result = {"command": " ".join(["python", *sys.argv]), "runs": []}
+    result = {"command": record.command(), "runs": []}
     for i, run in enumerate(runs):
         if not (run / "summary.json").exists():
-            sys.exit(
-                f"error: {run}: no summary.json there; give finished runs of afd.py --objective reverse-kl or js."
-            )
+            finished = "give finished runs of afd.py --objective reverse-kl or js"
+            sys.exit(f"error: {run}: no summary.json there; {finished}.")
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curves = {
-            key: [s[f"adversarial/{key}"] for s in steps if f"adversarial/{key}" in s] for key in PANELS
-        }
-        origin, summary = (json.loads((run / file).read_text()) for file in ("args.json", "summary.json"))
-        result["runs"].append(origin | {"summary": summary, "curves": curves})
+        curves = {}
+        for key in PANELS:
+            logged = f"adversarial/{key}"
+            curves[key] = [step[logged] for step in steps if logged in step]
+        summary = json.loads((run / "summary.json").read_text())
+        result["runs"].append({**record.of_run(run), "summary": summary, "curves": curves})
         for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-            values = curves[key]
-            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.35, linewidth=0.8)
-            axis.plot(
-                range(1, len(values) + 1),
-                smooth(values),
-                color=f"C{i}",
-                linewidth=2,
-                label=summary["objective"],
-            )
+            values, label = curves[key], summary["objective"]
+            updates = range(1, len(values) + 1)
+            axis.plot(updates, values, color=f"C{i}", alpha=0.35, linewidth=0.8)
+            axis.plot(updates, smooth(values), color=f"C{i}", linewidth=2, label=label)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("policy update")
     axes[0, 0].legend()
     figure.tight_layout()
-    out = ROOT / "benchmark" / "results"
-    figure.savefig(out / f"{name}.png", dpi=110)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    figure.savefig(record.RESULTS / f"{name}.png", dpi=110)
+    record.write(record.RESULTS / f"{name}.json", result)
 
 
 if __name__ == "__main__":

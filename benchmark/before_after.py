@@ -1,9 +1,11 @@
-"""The default selm.py run of two commits, in turn on one machine: wall time, seconds and tokens a second by phase, and their ratio.
+"""The default selm.py run of two commits, in turn on one machine: wall time, seconds and tokens a second by
+phase, and their ratio.
 
     python benchmark/before_after.py 71232f4 HEAD                   # about eight minutes on two cores
     python benchmark/before_after.py 71232f4 HEAD --flags="--max-steps 6 --eval-prompts 16"
 
-Each commit gets a git worktree of its own in a scratch folder, removed at the end. Writes benchmark/results/before_after.json.
+Each commit gets a git worktree of its own in a scratch folder, removed at the end. Writes
+benchmark/results/before_after.json.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import record
 import tyro
-
-ROOT = Path(__file__).parent.parent
 
 
 def main(
@@ -26,7 +27,7 @@ def main(
     after: tyro.conf.Positional[str],
     script: str = "selm.py",
     flags: str = "",
-    out: str = str(ROOT / "benchmark/results/before_after.json"),
+    out: str = str(record.RESULTS / "before_after.json"),
 ) -> None:
     """Run both and write the ratios.
 
@@ -37,78 +38,68 @@ def main(
         flags: its flags in one string, given as --flags="…".
         out: JSON file to write.
     """
+    worktree = ["git", "-C", str(record.ROOT), "worktree"]
     with tempfile.TemporaryDirectory(prefix="before_after-") as scratch:
         trees = {}
         try:
             for side, commit in (("before", before), ("after", after)):
                 trees[side] = Path(scratch) / side
-                subprocess.run(
-                    ["git", "-C", str(ROOT), "worktree", "add", "--detach", "-q", str(trees[side]), commit],
-                    check=True,
-                )
+                subprocess.run([*worktree, "add", "--detach", "-q", str(trees[side]), commit], check=True)
             result = {side: one_run(tree, script, flags, Path(scratch)) for side, tree in trees.items()}
         finally:
             for tree in trees.values():
-                subprocess.run(
-                    ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=False
-                )
+                subprocess.run([*worktree, "remove", "--force", str(tree)], check=False)
     ratio = {"wall_seconds": result["before"]["wall_seconds"] / result["after"]["wall_seconds"]}
     for name, seconds in grouped(result["before"]["phase_seconds"]).items():
         ratio[name] = seconds / grouped(result["after"]["phase_seconds"])[name]
-    result = {"command": " ".join(["python", *sys.argv]), **result, "times_as_fast": ratio}
-    Path(out).write_text(json.dumps(result, indent=2) + "\n")
+    result = {"command": record.command(), **result, "times_as_fast": ratio}
+    record.write(out, result)
     for side in ("before", "after"):
         run = result[side]
-        rates = ", ".join(
-            f"{name.split('/')[1]} {value:.0f}" for name, value in run["tokens_per_second"].items()
-        )
-        phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in run["phase_seconds"].items())
+        rates = {name.split("/")[1]: rate for name, rate in run["tokens_per_second"].items()}
         print(
-            f"{side:<7} {run['git_commit'][:7]}: {run['wall_seconds']:.1f} s; by phase {phases}; tokens/s {rates}; win rate {run['win_rate']:.3f}"
+            f"{side:<7} {run['git_commit'][:7]}: {run['wall_seconds']:.1f} s; "
+            f"by phase {listed(run['phase_seconds'])}; tokens/s {listed(rates)}; "
+            f"win rate {run['win_rate']:.3f}"
         )
     print("times as fast: " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
 
 
+def listed(figures: dict[str, float]) -> str:
+    """Named figures as text."""
+    return ", ".join(f"{name} {value:.0f}" for name, value in figures.items())
+
+
 def one_run(tree: Path, script: str, flags: str, scratch: Path) -> dict:
     """Wall seconds of `python SCRIPT FLAGS` in `tree`, start-up included, and what its summary says."""
-    words = [
-        sys.executable,
-        script,
-        "--run-dir",
-        str(scratch),
-        "--run-name",
-        f"run-{tree.name}",
-        *flags.split(),
-    ]
+    where = ["--run-dir", str(scratch), "--run-name", f"run-{tree.name}"]
+    words = [sys.executable, script, *where, *flags.split()]
     start = time.perf_counter()
     subprocess.run(words, cwd=tree, check=True, env={**os.environ, "PYTHONPATH": str(tree)})
     seconds = time.perf_counter() - start
     folder = scratch / f"run-{tree.name}"
-    summary, origin = (json.loads((folder / name).read_text()) for name in ("summary.json", "args.json"))
+    summary, origin = json.loads((folder / "summary.json").read_text()), record.of_run(folder)
+    rates = {name: value for name, value in summary.items() if name.startswith("tokens_per_second/")}
     return {
         "wall_seconds": seconds,
         "phase_seconds": summary["phase_seconds"],
-        "tokens_per_second": {
-            name: value for name, value in summary.items() if name.startswith("tokens_per_second/")
-        },
+        "tokens_per_second": rates,
         **{name: summary[name] for name in ("steps", "win_rate", "kl", "peak_memory_bytes")},
         **{name: origin[name] for name in ("git_commit", "versions", "device_name")},
     }
 
 
 def grouped(phases: dict[str, float]) -> dict[str, float]:
-    """Seconds by phase, in groups that every commit has: the optimiser's update was once a part of `training`."""
+    """Seconds by phase, in groups that every commit has: the optimiser's update was once a part of
+    `training`."""
     groups = {
         "sampling": ("sampling",),
         "training": ("training", "update"),
         "reference": ("reference",),
         "evaluation": ("evaluation",),
     }
-    return {
-        group: sum(phases.get(name, 0) for name in names)
-        for group, names in groups.items()
-        if any(n in phases for n in names)
-    }
+    there = {group: [phases[name] for name in names if name in phases] for group, names in groups.items()}
+    return {group: sum(seconds) for group, seconds in there.items() if seconds}
 
 
 if __name__ == "__main__":

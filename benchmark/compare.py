@@ -1,11 +1,12 @@
 """Studies: several variants of the scripts, several seeds each, one table and one plot.
 
     python benchmark/compare.py selm --seeds 3        # SELM against iterative DPO on the default task
-    python benchmark/compare.py ipo --seeds 2         # IPO-MD, online-IPO, online DPO, online SLiC, equal steps
+    python benchmark/compare.py ipo --seeds 2         # IPO-MD, online-IPO, online DPO, online SLiC
     python benchmark/compare.py cycle --seeds 2       # who keeps all styles alive under an intransitive judge
 
-Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps each run's command, commit, versions and summary,
-STUDY.md the table and STUDY.png the curves. Runs side by side share the machine's cores: their win rates count, their seconds do not.
+Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps each run's
+command, commit, versions and summary, STUDY.md the table and STUDY.png the curves. Runs side by side share
+the machine's cores: their win rates count, their seconds do not.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import record
 import tyro
 
-ROOT = Path(__file__).parent.parent
-# Human replies hold more questions and exclamations than SmolLM2's: the study starts from a model of them, made by PREPARE.
+# Human replies hold more questions and exclamations than SmolLM2's: the study starts from a model of them,
+# made by PREPARE.
 CYCLE = (
-    "--model {run_dir}/cycle-sft/model --judge cycle --eval-judge None --eval-prompts 64 --tau 0.1 --learning-rate 6e-5 --batch-size 12"
-    " --epochs 2 --max-steps 40 --micro-batch-tokens 768"
+    "--model {run_dir}/cycle-sft/model --judge cycle --eval-judge None --eval-prompts 64 --tau 0.1"
+    " --learning-rate 6e-5 --batch-size 12 --epochs 2 --max-steps 40 --micro-batch-tokens 768"
 )
+# the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
+CYCLE_SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
 PREPARE = {  # study: (file or folder made, the command that makes it)
     "cycle": (
         (
             "{run_dir}/cycle-sft/model",
-            "afd.py --objective forward-kl --min-demonstration-score None --num-prompts 640 --epochs 1 --micro-batch-tokens 768"
-            " --eval-prompts 64 --save-every 0 --run-dir {run_dir} --run-name cycle-sft",
+            "afd.py --objective forward-kl --min-demonstration-score None --num-prompts 640 --epochs 1"
+            " --micro-batch-tokens 768 --eval-prompts 64 --save-every 0"
+            " --run-dir {run_dir} --run-name cycle-sft",
         ),
         (
             "{run_dir}/cycle_reward.json",
@@ -39,13 +44,7 @@ PREPARE = {  # study: (file or folder made, the command that makes it)
     )
 }
 STUDIES = {  # study: (metrics of the plot, {variant: command})
-    "selm": (
-        ("score",),
-        {
-            "SELM, α = 0.001": "selm.py",
-            "iterative DPO, α = 0": "selm.py --alpha 0",
-        },
-    ),
+    "selm": (("score",), {"SELM, α = 0.001": "selm.py", "iterative DPO, α = 0": "selm.py --alpha 0"}),
     "ipo": (
         ("score",),
         {
@@ -62,8 +61,7 @@ STUDIES = {  # study: (metrics of the plot, {variant: command})
             "Nash-MD, mixture": f"nash_md.py {CYCLE}",
             "IPO-MD": f"ipo_md.py {CYCLE}",
             "online DPO": f"ipo_md.py {CYCLE} --loss dpo --beta 0",
-            # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
-            "RLHF": f"nash_md.py {CYCLE.replace('--judge cycle', '--judge benchmark/cycle_reward.py:reward')} --objective rlhf",
+            "RLHF": f"nash_md.py {CYCLE_SCALAR} --objective rlhf",
         },
     ),
 }
@@ -110,9 +108,8 @@ def main(
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
         with open(log, "w") as lines:
             words = [sys.executable, *command.format(run_dir=run_dir).split()]
-            done = subprocess.run(
-                words, cwd=ROOT, stdout=lines, stderr=lines, env={**os.environ, **threads}, check=False
-            )
+            where = dict(cwd=record.ROOT, stdout=lines, stderr=lines)
+            done = subprocess.run(words, **where, env={**os.environ, **threads}, check=False)
         if done.returncode:
             print(f"failed: {command}; see {log}", file=sys.stderr)
 
@@ -134,7 +131,7 @@ def main(
         finished = [item for item in pool.map(run, runs) if (item[3] / "summary.json").exists()]
     rows = []
     for name, seed, command, folder in finished:
-        origin = json.loads((folder / "args.json").read_text())
+        origin = record.of_run(folder)
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rows.append(
             {
@@ -146,9 +143,8 @@ def main(
                 **{metric: [step.get(metric) for step in steps] for metric in metrics},
             }
         )
-    out = ROOT / "benchmark" / "results"
-    result = {"command": " ".join(["python", *sys.argv]), "runs": rows}
-    (out / f"{study}.json").write_text(json.dumps(result, indent=1) + "\n")
+    out = record.RESULTS
+    record.write(out / f"{study}.json", {"command": record.command(), "runs": rows})
     (out / f"{study}.md").write_text(table(rows, list(variants)))
     plot(rows, list(variants), metrics, out / f"{study}.png")
     print((out / f"{study}.md").read_text())
@@ -163,10 +159,16 @@ def table(rows: list[dict], variants: list[str]) -> str:
     ]
     for name in variants:
         summaries = [row["summary"] for row in rows if row["variant"] == name]
-        show = lambda x: "–" if x is None else f"{x:.3f}" if x < 10 else f"{x:.1f}"  # noqa: E731
-        cells = [" / ".join(show(s.get(c)) for s in summaries) for c in columns]
+        cells = [" / ".join(show(summary.get(column)) for summary in summaries) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def show(value: float | None) -> str:
+    """A figure with about four digits."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def smooth(values: list[float]) -> list[float]:

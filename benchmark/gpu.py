@@ -1,21 +1,25 @@
-"""Every figure that needs a GPU: decoding, transformers' own generation, training, the three scripts. Started by gpu.sh.
+"""Every figure that needs a GPU: decoding, transformers' own generation, training, three scripts. Started by
+gpu.sh.
 
-    benchmark/gpu.sh                              # on a CUDA machine, under nine minutes; writes benchmark/results/<gpu>.json
-    benchmark/gpu.sh --smoke                      # the same code with tiny models, on a CPU too; its figures mean nothing
+    benchmark/gpu.sh             # on a CUDA machine, under nine minutes; writes benchmark/results/<gpu>.json
+    benchmark/gpu.sh --smoke     # the same code with tiny models, on a CPU too; its figures mean nothing
     python benchmark/gpu.py --parts decode
 
-Each part runs in a process and a time limit of its own and writes each figure as it comes, so that one that fails or is late
-loses nothing else. The bound that decoding is held against, in bytes for one step that draws a token for each of R rows:
+Each part runs in a process and a time limit of its own and writes each figure as it comes, so that one that
+fails or is late loses nothing else. The bound that decoding is held against, in bytes for one step that draws
+a token for each of R rows:
 
     weights, all but the embedding table, once  +  R · (P + T / 2) · 2 · layers · H_kv · D · element size
 
-with prompts of P and replies of T tokens (the cache is T / 2 tokens into the replies on average), over the bandwidth that a
-copy reaches in the same run. It leaves out arithmetic, which at 256 rows is of the same order.
+with prompts of P and replies of T tokens (the cache is T / 2 tokens into the replies on average), over the
+bandwidth that a copy reaches in the same run. It leaves out arithmetic, which at 256 rows is of the same
+order.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -24,19 +28,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import record
 import torch
 import torch.nn.functional as F
 import transformers
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import common
+from cleanalign.embedded import embedded_model_folder
+from cleanalign.errors import UserError, near, require
+from cleanalign.models import key_value_numbers, resolve_device
+from cleanalign.synthetic import CONFIGS
 
-import common  # noqa: E402
-import experiment  # noqa: E402
-import synthetic  # noqa: E402
-
-LLAMA3_8B = synthetic.CONFIGS["llama3-8b"][1]
+LLAMA3_8B = CONFIGS["llama3-8b"][1]
 TINY = LLAMA3_8B | dict(
     vocab_size=512,
     hidden_size=64,
@@ -45,12 +49,8 @@ TINY = LLAMA3_8B | dict(
     num_attention_heads=8,
     num_key_value_heads=2,
 )
-SECONDS = {
-    "decode": 170,
-    "train": 150,
-    "scripts": 110,
-    "generate": 95,
-}  # each part's limit, in the order they run
+# each part's limit, in the order they run
+SECONDS = {"decode": 170, "train": 150, "scripts": 110, "generate": 95}
 
 
 class Figures:
@@ -69,9 +69,8 @@ class Figures:
         try:
             self[name] = measure()
         except Exception as error:
-            self[name] = (
-                f"not available: {type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
-            )
+            first = (str(error).strip().splitlines() or [""])[0]
+            self[name] = f"not available: {type(error).__name__}: {first[:300]}"
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -94,7 +93,8 @@ def seconds(call, repeats: int = 1, warmup: int = 0) -> float:
 
 
 def ceilings(device, smoke: bool) -> dict:
-    """What this machine reaches: bytes a second (read and written) of a copy, and bf16 multiply-adds as FLOP a second."""
+    """What this machine reaches: bytes a second (read and written) of a copy, and bf16 multiply-adds as FLOP
+    a second."""
     source = torch.empty(2**22 if smoke else 2**32, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     n = 256 if smoke else 8192
@@ -120,16 +120,14 @@ def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
 
 
 def decode(figures: Figures, device, smoke: bool) -> None:
-    """Tokens a second and share of the bandwidth bound: one model, the mixture, other ways to launch, and where the time goes."""
+    """Tokens a second and share of the bandwidth bound: one model, the mixture, other ways to launch, and
+    where the time goes."""
     shape = TINY if smoke else LLAMA3_8B
     P, T, sizes = (32, 16, (4, 8)) if smoke else (512, 512, (64, 256))
     figures["ceilings"] = limits = ceilings(device, smoke)
     model, reference = random_model(shape, device, 0), random_model(shape, device, 1)
-    weights = (
-        sum(p.numel() * p.element_size() for p in model.parameters())
-        - model.get_input_embeddings().weight.nbytes
-    )
-    cache = 2 * common.key_value_numbers(transformers.LlamaConfig(**shape))
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    cache = 2 * key_value_numbers(transformers.LlamaConfig(**shape))
     graphs = "graphs" if device.type == "cuda" else "eager"
     steps = {}
 
@@ -144,10 +142,9 @@ def decode(figures: Figures, device, smoke: bool) -> None:
         assert stats["tokens"] == rows * length
         step = (whole - stats["warmup_seconds"] - prefill) / (length - 1 - stats["warmup_steps"])
         bound = (weights + rows * (P + length / 2) * cache) / limits["copy_bytes_per_second"]
+        rate = rows * length / (prefill + (length - 1) * step)  # prefill included, warm-up not
         return {
-            "tokens_per_second": rows
-            * length
-            / (prefill + (length - 1) * step),  # prefill included, warm-up not
+            "tokens_per_second": rate,
             "milliseconds_per_step": 1e3 * step,
             "bound_milliseconds": 1e3 * bound,
             "share_of_bound": bound / step,
@@ -162,9 +159,8 @@ def decode(figures: Figures, device, smoke: bool) -> None:
             lambda rows=rows: steps.setdefault(-rows, measure(rows, mixture=(reference, 0.125))),
         )
         if rows in steps and -rows in steps:
-            figures[f"mixture ratio, {rows} rows"] = (
-                steps[-rows]["milliseconds_per_step"] / steps[rows]["milliseconds_per_step"]
-            )
+            single, mixed = (steps[key]["milliseconds_per_step"] for key in (rows, -rows))
+            figures[f"mixture ratio, {rows} rows"] = mixed / single
     figures.attempt(
         f"attention alone, {sizes[-1]} rows", lambda: attention_alone(shape, sizes[-1], P + T // 2, device)
     )
@@ -221,16 +217,17 @@ def attention_alone(shape: dict, rows: int, length: int, device) -> dict:
 
 def profile(model, rows: int, P: int, shape: dict, device) -> dict:
     """Milliseconds of device time by kernel, of one prefill and eight steps."""
-    kind = (
-        torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
-    )
+    activity = torch.profiler.ProfilerActivity
+    kind, total = activity.CPU, "self_cpu_time_total"
+    if device.type == "cuda":
+        kind, total = activity.CUDA, "self_device_time_total"
     prompts = random_prompts(rows, P, shape["vocab_size"])
     with torch.profiler.profile(activities=[kind]) as recorded:
         common.sample(model, prompts, [-1], max_new_tokens=9, seed=0, max_rows=rows, decoding="eager")
         wait()
-    of = lambda event: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total  # noqa: E731
-    events = sorted(recorded.key_averages(), key=of, reverse=True)[:16]
-    return {event.key[:90]: [round(of(event) / 1e3, 3), event.count] for event in events}
+    microseconds = operator.attrgetter(total)
+    events = sorted(recorded.key_averages(), key=microseconds, reverse=True)[:16]
+    return {event.key[:90]: [round(microseconds(event) / 1e3, 3), event.count] for event in events}
 
 
 def generate(figures: Figures, device, smoke: bool) -> None:
@@ -249,9 +246,8 @@ def generate(figures: Figures, device, smoke: bool) -> None:
         ours["seconds"] = seconds(
             lambda: common.sample(model, prompts, [-1], max_new_tokens=T, seed=0, max_rows=rows, stats=stats)
         )
-        ours["warmup_seconds"] = stats[
-            "warmup_seconds"
-        ]  # in every call of ours; theirs have it in the first call only
+        # in every call of ours; theirs have it in the first call only
+        ours["warmup_seconds"] = stats["warmup_seconds"]
         return ours
 
     def against(call):
@@ -265,9 +261,9 @@ def generate(figures: Figures, device, smoke: bool) -> None:
         }
 
     def continuous():
-        small = (
-            transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256) if smoke else None
-        )  # else all memory
+        small = None  # all memory
+        if smoke:
+            small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)
         config = transformers.GenerationConfig(**settings)
         done = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
         assert all(len(output.generated_tokens) == T for output in done.values()) and len(done) == rows
@@ -285,9 +281,8 @@ def generate(figures: Figures, device, smoke: bool) -> None:
 
 def run_script(script: str, flags: list[str]) -> subprocess.CompletedProcess:
     """One of the scripts, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *flags], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, f"{script}.py", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
 
 
 def last_lines(done: subprocess.CompletedProcess) -> str:
@@ -296,24 +291,17 @@ def last_lines(done: subprocess.CompletedProcess) -> str:
 
 
 def train(figures: Figures, device, smoke: bool) -> None:
-    """One step at 1,024 tokens with the 8B recipe's shapes and random weights: memory by phase, tokens a second, utilisation."""
-    common_flags = [
-        "--dry-run",
-        "--max-prompt-length",
-        "512",
-        "--max-new-tokens",
-        "512",
-        "--judge",
-        "sentiment",
-    ]
+    """One step at 1,024 tokens with the 8B recipe's shapes and random weights: memory by phase, tokens a
+    second, utilisation."""
+    shared = "--dry-run --max-prompt-length 512 --max-new-tokens 512 --judge sentiment".split()
     for name, rank in (("LoRA", "32"), ("all weights", "0")):
         with tempfile.TemporaryDirectory() as folder:
             model = ["--model", tiny_world(Path(folder))[0]] if smoke else ["--model", "llama3-8b"]
 
-            def measure(
-                flags=(*model, *common_flags, "--lora-rank", rank, "--run-dir", folder), folder=folder
-            ):
-                done = run_script("selm", list(flags))
+            flags = [*model, *shared, "--lora-rank", rank, "--run-dir", folder]
+
+            def measure(flags=flags, folder=folder):
+                done = run_script("selm", flags)
                 written = sorted(Path(folder).rglob("dry_run.json"))
                 if done.returncode or not written:
                     raise RuntimeError(f"selm.py --dry-run: {last_lines(done)}")
@@ -324,29 +312,21 @@ def train(figures: Figures, device, smoke: bool) -> None:
 
 def tiny_world(folder: Path) -> list[str]:
     """A tiny model folder and the flags that make the scripts run on it in seconds."""
+    sys.path.insert(0, str(record.ROOT / "tests"))
     import tiny
 
     model = tiny.folder(folder / "model")
     data, judge = tiny.prompts_file(folder / "prompts.jsonl"), tiny.judge_file(folder / "judges.py")
-    flags = [
-        "--dataset",
-        data,
-        "--judge",
-        f"{judge}:more_good",
-        "--max-steps",
-        "2",
-        "--num-prompts",
-        "16",
-        "--batch-size",
-        "8",
-    ]
-    return [model, "--model", model, *flags, "--eval-prompts", "8", "--max-new-tokens", "6"]
+    what = ["--model", model, "--dataset", data, "--judge", f"{judge}:more_good"]
+    size = "--max-steps 2 --num-prompts 16 --batch-size 8 --eval-prompts 8 --max-new-tokens 6".split()
+    return [model, *what, *size]
 
 
 def scripts(figures: Figures, device, smoke: bool) -> None:
-    """Each script's default run: seconds to its win rate, where that is at least 0.82 (evaluated once, at the end)."""
+    """Each script's default run: seconds to its win rate, where that is at least 0.82 (evaluated once, at the
+    end)."""
     if not smoke:
-        common.embedded_model_folder()  # fetched and converted beforehand
+        embedded_model_folder()  # fetched and converted beforehand
     for script in ("selm", "ipo_md", "nash_md"):
         with tempfile.TemporaryDirectory() as folder:
             flags = tiny_world(Path(folder))[1:] if smoke else []
@@ -358,22 +338,14 @@ def scripts(figures: Figures, device, smoke: bool) -> None:
                     raise RuntimeError(f"{script}.py: {last_lines(done)}")
                 summary = json.loads((Path(folder) / "run/summary.json").read_text())
                 reached = summary["win_rate"] >= 0.82
-                keep = (
-                    "win_rate",
-                    "seconds",
-                    "steps",
-                    "phase_seconds",
-                    "peak_memory_bytes",
-                    "tokens_per_second/sampling",
-                )
-                return {
-                    "seconds_to_win_rate_0.82": summary["seconds"] if reached else None,
-                    **{k: summary.get(k) for k in keep},
-                }
+                kept = {name: summary.get(name) for name in KEPT}
+                return {"seconds_to_win_rate_0.82": summary["seconds"] if reached else None, **kept}
 
             figures.attempt(script, measure)
 
 
+# of a run's summary
+KEPT = ("win_rate", "seconds", "steps", "phase_seconds", "peak_memory_bytes", "tokens_per_second/sampling")
 PARTS = {"decode": decode, "train": train, "scripts": scripts, "generate": generate}
 
 
@@ -391,41 +363,27 @@ def main(
         out: JSON file to write; by default benchmark/results/<gpu>.json, and with --smoke a temporary one.
         part: run this one part in this process (what the others are started with).
     """
-    device = common.resolve_device("auto")
+    device = resolve_device("auto")
     if part is not None:
         PARTS[part](Figures(Path(out)), device, smoke)
         return
-    common.require(
+    require(
         smoke or device.type == "cuda", "these shapes need a CUDA machine; --smoke runs tiny ones anywhere."
     )
-    unknown = [name for name in parts if name not in PARTS]
-    common.require(
-        not unknown, f"--parts {' '.join(unknown)}: {common.near(unknown[0] if unknown else '', PARTS)}"
-    )
-    where = experiment.environment()
-    for commit in ROOT.glob(".gpu/*/commit"):  # a machine that gets a copy of the files has no git history
-        where["git_commit"] = where["git_commit"] or commit.read_text().strip()
-    name = "smoke" if smoke else "-".join(where["device_name"].lower().split())
-    file = (
-        Path(out)
-        if out
-        else Path(tempfile.gettempdir()) / "gpu-smoke.json"
-        if smoke
-        else ROOT / f"benchmark/results/{name}.json"
-    )
-    result = {"command": " ".join(["python", *sys.argv]), **where, "smoke": smoke, "parts": {}}
+    for name in parts:
+        require(name in PARTS, f"--parts {name}: {near(name, PARTS)}")
+    result = {**record.origin(), "smoke": smoke, "parts": {}}
+    # a machine that gets a copy of the files has no git history
+    for commit in record.ROOT.glob(".gpu/*/commit"):
+        result["git_commit"] = result["git_commit"] or commit.read_text().strip()
+    gpu = "-".join(result["device_name"].lower().split())
+    file = Path(tempfile.gettempdir()) / "gpu-smoke.json" if smoke else record.RESULTS / f"{gpu}.json"
+    file = Path(out) if out else file
     for name in parts:
         start = time.perf_counter()
         with tempfile.NamedTemporaryFile(suffix=".json") as scratch:
-            command = [
-                sys.executable,
-                __file__,
-                "--part",
-                name,
-                "--out",
-                scratch.name,
-                *(["--smoke"] if smoke else []),
-            ]
+            command = [sys.executable, __file__, "--part", name, "--out", scratch.name]
+            command += ["--smoke"] if smoke else []
             process = subprocess.Popen(command, start_new_session=True)
             try:
                 status = process.wait(timeout=SECONDS[name])
@@ -434,20 +392,16 @@ def main(
                 process.wait()
                 status = f"stopped after {SECONDS[name]} s"
             figures = Path(scratch.name).read_text()
-        result["parts"][name] = {
-            "status": status,
-            "seconds": round(time.perf_counter() - start, 1),
-            "figures": json.loads(figures) if figures else {},
-        }
-        file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        print(
-            f"== {name}: status {status}, {result['parts'][name]['seconds']} s; so far in {file}", flush=True
-        )
+        took = round(time.perf_counter() - start, 1)
+        figures = json.loads(figures) if figures else {}
+        result["parts"][name] = {"status": status, "seconds": took, "figures": figures}
+        record.write(file, result)
+        print(f"== {name}: status {status}, {took} s; so far in {file}", flush=True)
 
 
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except common.UserError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

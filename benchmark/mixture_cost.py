@@ -1,26 +1,26 @@
-"""What sampling from the mixture of policy and reference costs over sampling the policy alone, on the default model and its prompts.
+"""What sampling from the mixture of policy and reference costs over sampling the policy alone, on the default
+model and its prompts.
 
-    python benchmark/mixture_cost.py --policy runs/NAME/model     # a trained policy beside the untrained one; about three minutes on two cores
+    python benchmark/mixture_cost.py                              # about three minutes on two cores
+    python benchmark/mixture_cost.py --policy runs/NAME/model     # a trained policy beside the untrained one
 
-The price depends on how often the policy's drafts stand, so on how far it has gone from the reference: the same weights twice are the
-best case. Replies cannot end early. Times are medians over rounds in which the variants take turns.
+The price depends on how often the policy's drafts stand, so on how far it has gone from the reference: the
+same weights twice are the best case. Replies cannot end early. Times are medians over rounds in which the
+variants take turns.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import record
 import tyro
+from step_cost import in_turn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from step_cost import in_turn  # noqa: E402
-
-import common  # noqa: E402
-import experiment  # noqa: E402
+import common
+from cleanalign.data import load_rows
+from cleanalign.models import choose_attention, load_model, load_tokenizer, resolve_device, resolve_dtype
+from cleanalign.phases import SMALL_MICRO_BATCH, keep_freed_memory
 
 NEVER = [-1]  # no token ends a reply
 
@@ -32,7 +32,7 @@ def main(
     lengths: tuple[int, ...] = (32, 128),
     prompts: int = 16,
     rounds: int = 2,
-    out: str = str(ROOT / "benchmark/results/mixture_cost.json"),
+    out: str = str(record.RESULTS / "mixture_cost.json"),
 ) -> None:
     """Time the variants and write the result.
 
@@ -45,15 +45,15 @@ def main(
         rounds: times every variant is timed.
         out: JSON file to write.
     """
-    experiment.keep_freed_memory(experiment.SMALL_MICRO_BATCH)  # as the default runs do
-    device = common.resolve_device("auto")
-    load = lambda name: common.load_model(
-        name, common.resolve_dtype("auto", device), device, common.choose_attention("auto", device, 128)
-    )  # noqa: E731
-    reference = load(model)
-    policies = {"untrained": load(model)} | ({"trained": load(policy)} if policy else {})
-    tokenizer = common.load_tokenizer(model)
-    _, rows = common.load_rows("chitchat", held_out=prompts)
+    keep_freed_memory(SMALL_MICRO_BATCH)  # as the default runs do
+    device = resolve_device("auto")
+    how = resolve_dtype("auto", device), device, choose_attention("auto", device, 128)
+    reference = load_model(model, *how)
+    policies = {"untrained": load_model(model, *how)}
+    if policy:
+        policies["trained"] = load_model(policy, *how)
+    tokenizer = load_tokenizer(model)
+    _, rows = load_rows("chitchat", held_out=prompts)
     _, asked = common.encode_rows(tokenizer, rows, 64, prompts, 0, "prompts")
     seconds, accepted = {}, {}
     for length in lengths:
@@ -70,19 +70,17 @@ def main(
         variants = {"policy alone": lambda: draw("untrained", False)}
         variants |= {f"mixture, {name} policy": lambda name=name: draw(name, True) for name in policies}
         seconds[length] = in_turn(variants, rounds, warmup=int(length == lengths[0]))
-    ratio = {
-        length: {name: t / times["policy alone"] for name, t in times.items()}
-        for length, times in seconds.items()
-    }
+    ratio = {}
+    for length, times in seconds.items():
+        ratio[length] = {name: time / times["policy alone"] for name, time in times.items()}
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        **experiment.environment(),
+        **record.origin(),
         "beta": beta,
         "seconds": seconds,
         "ratio": ratio,
         "draft_acceptance": accepted,
     }
-    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    record.write(out, result)
     print(json.dumps({key: result[key] for key in ("seconds", "ratio", "draft_acceptance")}, indent=1))
 
 

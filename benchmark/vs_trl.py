@@ -1,13 +1,16 @@
-"""Seconds of one optimiser step, ours and TRL's, on the same model, prompts and lengths, on this machine's CPU.
+"""Seconds of one optimiser step, ours and TRL's, on this machine's CPU, with the same model, prompts and
+lengths.
 
-    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4      # against TRL 1.13.0's NashMDTrainer, 32 new tokens; 2 minutes
-    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4 --new-tokens 128    # 7 minutes
-    python benchmark/vs_trl.py ipo                       # ipo_md.py --beta 0 against TRL 1.16's OnlineDPOTrainer, loss_type="ipo"
-    python benchmark/vs_trl.py nash --smoke              # the same on a tiny random model, in seconds: does it work?
+    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4    # 2 min
+    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4 --new-tokens 128  # 7 min
+    python benchmark/vs_trl.py ipo             # ipo_md.py --beta 0, online-IPO
+    python benchmark/vs_trl.py nash --smoke    # a tiny random model, in seconds: does it work?
 
-TRL lives in an environment of its own; where it is missing, the error says how to make it. A step is sampling, judging, log-probs, backward
-and update. Each side is a process that loads once and steps on request; the sides take turns, so that a slow minute of the machine hits
-all of them. Replies cannot end early, so every side samples and trains on the same number of tokens; that is checked, as are the prompts.
+Against TRL 1.13.0's NashMDTrainer, and TRL 1.16.0's OnlineDPOTrainer with loss_type="ipo". TRL lives in an
+environment of its own; where it is missing, the error says how to make it. A step is sampling, judging,
+log-probs, backward and update. Each side is a process that loads once and steps on request; the sides take
+turns, so that a slow minute of the machine hits all of them. Replies cannot end early, so every side samples
+and trains on the same number of tokens; that is checked, as are the prompts.
 """
 
 from __future__ import annotations
@@ -21,18 +24,18 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import record
 import tyro
+import vs_trl_ours
 from tqdm import tqdm
 
+import common
+from cleanalign.data import load_rows
+from cleanalign.embedded import cache_folder
+from cleanalign.errors import UserError, require
+from cleanalign.models import load_tokenizer, model_source
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-import vs_trl_ours  # noqa: E402
-
-import common  # noqa: E402
-import experiment  # noqa: E402
-from common import UserError, require  # noqa: E402
-
 TRL = {"nash": "1.13.0", "ipo": "1.16.0"}  # the last release with NashMDTrainer; and a current one
 PINS = "torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 tokenizers==0.23.3 vaderSentiment==3.3.2"
 TRL_SIDES = {
@@ -59,7 +62,8 @@ class Side:
         self.about = self._answer()
 
     def step(self, **request) -> dict:
-        """What one optimiser step took. Raises `UserError` with the last lines it printed if the process died."""
+        """What one optimiser step took. Raises `UserError` with the last lines it printed if the process
+        died."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -103,34 +107,36 @@ def main(
         steps: measured steps of each side of TRL's, on prompts of their own.
         our_steps: our steps for each of these, on the same prompts.
         warmup_tokens: length of the replies in the one step before, which does not count.
-        checkpointing: TRL with gradient checkpointing (its default), without, or both; one of them halves the time this takes.
+        checkpointing: TRL with gradient checkpointing (its default), without, or both; one of them halves the
+            time this takes.
         micro_batch_tokens: ours; 0 is the recipe's. TRL computes the batch at once.
         model: recipe or folder.
-        trl_env: folder of TRL's virtual environment; None is CACHE/trl-VERSION.
+        trl_env: TRL's virtual environment: a folder, or a name in the cache folder; None is trl-VERSION
+            there.
         smoke: a tiny random model and 6 new tokens, nothing written unless --out is given.
         out: JSON file to write; None is benchmark/results/vs_trl_ALGORITHM_NEW-TOKENS.json.
     """
-    environment = Path(trl_env) if trl_env else common.cache_folder() / f"trl-{TRL[algorithm]}"
+    environment = cache_folder() / (trl_env or f"trl-{TRL[algorithm]}")  # a whole path stays what it is
     check_environment(environment, TRL[algorithm])
     with tempfile.TemporaryDirectory() as scratch:
         if smoke:
             model, new_tokens, warmup_tokens = tiny_model(Path(scratch) / "tiny"), 6, 4
-        theirs = {
-            name: on
-            for name, on in TRL_SIDES.items()
-            if checkpointing == "both" or on == (checkpointing == "on")
-        }
+        wanted = (True, False) if checkpointing == "both" else (checkpointing == "on",)
+        theirs = {name: on for name, on in TRL_SIDES.items() if on in wanted}
         settings = {
             "algorithm": algorithm,
+            "model": model,
             "batch_size": batch_size,
             "new_tokens": new_tokens,
             "micro_batch_tokens": micro_batch_tokens,
         }
-        lengths = [(warmup_tokens, 1)] + [(new_tokens, our_steps)] * steps
-        sides = measure(settings, lengths, model, theirs, environment, Path(scratch))
+        prompts = Path(scratch) / "prompts.jsonl"
+        write_prompts(prompts, settings)
+        commands = commands_of(settings, theirs, environment, prompts)
+        rounds = [(warmup_tokens, 1)] + [(new_tokens, our_steps)] * steps
+        sides = measure(commands, rounds, batch_size, Path(scratch))
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        **experiment.environment(),
+        **record.origin(),
         "cpu": cpu_name(),
         "algorithm": algorithm,
         "new_tokens": new_tokens,
@@ -139,14 +145,15 @@ def main(
         "ratio": {name: sides[name]["median_seconds"] / sides[OURS]["median_seconds"] for name in theirs},
     }
     if out or not smoke:
-        path = Path(out) if out else HERE / "results" / f"vs_trl_{algorithm}_{new_tokens}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path = Path(out) if out else record.RESULTS / f"vs_trl_{algorithm}_{new_tokens}.json"
+        record.write(path, result)
         print(f"written: {path}")
     print(table(result))
 
 
 def check_environment(folder: Path, version: str) -> None:
-    """Raises `UserError` with the commands that make TRL's environment, unless it is there with this version of TRL."""
+    """Raises `UserError` with the commands that make TRL's environment, unless it is there with this version
+    of TRL."""
     make = f"Make it:\n  python -m venv {folder}\n  {folder}/bin/pip install trl=={version} {PINS}"
     python = folder / "bin" / "python"
     require(python.exists(), f"--trl-env {folder}: no virtual environment there. {make}")
@@ -163,7 +170,7 @@ def tiny_model(folder: Path) -> str:
     """A folder with two random layers and the default model's tokenizer."""
     import transformers
 
-    tokenizer = common.load_tokenizer("smollm2-135m")
+    tokenizer = load_tokenizer("smollm2-135m")
     shape = dict(
         hidden_size=64,
         intermediate_size=128,
@@ -182,43 +189,36 @@ def tiny_model(folder: Path) -> str:
     return str(folder)
 
 
-def measure(
-    settings: dict,
-    rounds: list[tuple[int, int]],
-    model: str,
-    theirs: dict[str, bool],
-    environment: Path,
-    scratch: Path,
-) -> dict:
-    """What each side says of itself, every step it did and their median seconds.
+def commands_of(settings: dict, theirs: dict[str, bool], environment: Path, prompts: Path) -> dict[str, list]:
+    """Each side's command.
 
     Args:
         settings: what both workers take; see vs_trl_ours.py.
-        rounds: for each, the replies' length and how often our side steps; the first is the warm-up.
         theirs: TRL's sides, their gradient checkpointing by name.
         environment: TRL's virtual environment.
-        scratch: folder for the prompts and the sides' logs.
+        prompts: file of the prompts, for TRL's sides.
     """
-    script, _ = vs_trl_ours.ALGORITHMS[settings["algorithm"]]
-    rows, _, _ = vs_trl_ours.prompts_of(script.RECIPES["smollm2-135m"], model)
-    prompts = scratch / "prompts.jsonl"
-    conversation = lambda prompt: (
-        prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    )  # noqa: E731
-    prompts.write_text("".join(json.dumps({"prompt": conversation(row.prompt)}) + "\n" for row in rows))
-
-    commands = {
-        OURS: [sys.executable, str(HERE / "vs_trl_ours.py"), json.dumps({**settings, "model": model})]
-    }
+    commands = {OURS: [sys.executable, str(HERE / "vs_trl_ours.py"), json.dumps(settings)]}
     for name, on in theirs.items():
-        extra = {"model": common.model_source(model), "prompts": str(prompts), "gradient_checkpointing": on}
-        commands[name] = [
-            str(environment / "bin" / "python"),
-            str(HERE / "vs_trl_theirs.py"),
-            json.dumps({**settings, **extra}),
-        ]
+        extra = {"prompts": str(prompts), "gradient_checkpointing": on}
+        extra["model"] = model_source(settings["model"])
+        python, script = environment / "bin" / "python", HERE / "vs_trl_theirs.py"
+        commands[name] = [str(python), str(script), json.dumps({**settings, **extra})]
+    return commands
 
-    bar = tqdm(total=sum(repeats + len(theirs) for _, repeats in rounds), unit="step")
+
+def measure(
+    commands: dict[str, list], rounds: list[tuple[int, int]], batch_size: int, scratch: Path
+) -> dict[str, dict]:
+    """What each side says of itself, every step it did and their median seconds.
+
+    Args:
+        commands: each side's.
+        rounds: for each, the replies' length and how often our side steps; the first is the warm-up.
+        batch_size: prompts in one step.
+        scratch: folder for the sides' logs.
+    """
+    bar = tqdm(total=sum(repeats + len(commands) - 1 for _, repeats in rounds), unit="step")
     sides, done = [], {name: [] for name in commands}
     try:
         for name, command in commands.items():
@@ -229,13 +229,8 @@ def measure(
                 for repeat in range(repeats if side.name == OURS else 1):
                     bar.set_description(f"{side.name}: {length} new tokens")
                     step = side.step(new_tokens=length, batch=batch, seed=repeat)
-                    check_step(
-                        side.name,
-                        step,
-                        2 * settings["batch_size"] * length,
-                        done[OURS][-1] if side.name != OURS else step,
-                    )
                     done[side.name].append(step)
+                    check_step(side.name, step, 2 * batch_size * length, done[OURS][-1])
                     bar.update()
     finally:
         for side in sides:
@@ -249,8 +244,24 @@ def measure(
     return results
 
 
+def write_prompts(file: Path, settings: dict) -> None:
+    """The training prompts of our side, in its order, as TRL's side reads them."""
+    _, args = vs_trl_ours.arguments(settings)
+    rows, _ = load_rows(args.dataset, held_out=args.eval_prompts)
+    tokenizer = load_tokenizer(args.model)
+    rows, _ = common.encode_rows(
+        tokenizer, rows, args.max_prompt_length, args.num_prompts, args.seed, "training prompts"
+    )
+    with open(file, "w") as lines:
+        for row in rows:
+            single = [{"role": "user", "content": row.prompt}]
+            prompt = row.prompt if isinstance(row.prompt, list) else single
+            lines.write(json.dumps({"prompt": prompt}) + "\n")
+
+
 def check_step(name: str, step: dict, new_tokens: int, ours: dict) -> None:
-    """Raises `UserError` unless a step sampled as many tokens as it should, after prompts of the same total length as ours."""
+    """Raises `UserError` unless a step sampled as many tokens as it should, after prompts of the same total
+    length as ours."""
     require(
         step["new_tokens"] == new_tokens,
         f"{name}: {step['new_tokens']} tokens were sampled, not {new_tokens}: the work is not equal.",
@@ -258,20 +269,19 @@ def check_step(name: str, step: dict, new_tokens: int, ours: dict) -> None:
     same = step["prompt_tokens"] == ours["prompt_tokens"]
     require(
         same,
-        f"{name}: its prompts have {step['prompt_tokens']} tokens, ours {ours['prompt_tokens']}: they are not the same.",
+        f"{name}: its prompts have {step['prompt_tokens']} tokens, ours {ours['prompt_tokens']}: "
+        "they are not the same.",
     )
 
 
 def cpu_name() -> str:
     """The processor's name and the number of cores this process may use."""
-    names = []
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-    return f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    info, name = Path("/proc/cpuinfo"), "unknown CPU"
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
 
 
 def table(result: dict) -> str:

@@ -1,7 +1,8 @@
 """TRL's side of vs_trl.py: runs in TRL's own environment, one optimiser step for each line on standard input.
 
-Argument: a JSON object with `algorithm` (nash, ipo), `model` (folder), `prompts` (.jsonl file), `batch_size` and `gradient_checkpointing`.
-Each input line is {"new_tokens": N}; each output line what that step took. Whatever TRL prints goes to standard error.
+Argument: a JSON object with `algorithm` (nash, ipo), `model` (folder), `prompts` (.jsonl file), `batch_size`
+and `gradient_checkpointing`. Each input line is {"new_tokens": N}; each output line what that step took.
+Whatever TRL prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def answer(**fields) -> None:
 
 
 class LexiconRewardModel:
-    """VADER in the shape that NashMDTrainer asks of a reward model: token ids to "hidden states", and those to scores."""
+    """VADER in the shape that NashMDTrainer asks of a reward model: token ids to "hidden states", and those
+    to scores."""
 
     __name__ = "vader"
     base_model_prefix = "lexicon"
@@ -64,7 +66,8 @@ def vader_reward(completions, **_) -> list[float]:
 
 
 def note_cache() -> None:
-    """Note how many places the mixture's KV cache holds beside how many its rows have: are they one model's?"""
+    """Note how many places the mixture's KV cache holds beside how many its rows have: are they one
+    model's?"""
     forward = GeometricMixtureWrapper.forward
 
     def noting(self, *args, **kwargs):

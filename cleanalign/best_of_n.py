@@ -54,8 +54,8 @@ def compare_rankers(
 
 
 def curves_of(rewards: torch.Tensor, score: torch.Tensor, preference: torch.Tensor, ns: list[int]) -> dict:
-    """Golden score and win rate over N of the reply that (G, M) `rewards` like best, with 95 % bands over
-    prompts."""
+    """Golden score and win rate over N of the reply that (G,
+    M) `rewards` like best, with 95 % bands over prompts."""
     curves = {}
     measures = {
         "score": best_of_n_score(rewards, score, ns),
@@ -93,8 +93,8 @@ def report_text(report: dict) -> str:
 
 
 def plot_report(report: dict, path: Path) -> None:
-    """Judge's score and win rate over N, a line a ranker with its 95 % band. Without matplotlib nothing is
-    drawn."""
+    """Judge's score and win rate over N, a line a ranker with
+    its 95 % band. Without matplotlib nothing is drawn."""
     try:
         import matplotlib
     except ImportError:

@@ -1,12 +1,13 @@
-"""The command line: recipes behind `--model`, `--resume`, errors without tracebacks."""
+"""The command line: recipes behind `--model`, `--resume`, ends without tracebacks."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,64 +19,123 @@ from cleanalign.distributed import single_process
 from cleanalign.errors import UserError, near, require
 from cleanalign.models import HUB_MODELS, resolve_device
 from cleanalign.phases import keep_freed_memory
+from cleanalign.run import Run, default_name
+from cleanalign.signals import Stopped, signals
+from cleanalign.storage import read_json
+
+SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin")
 
 
 def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -> None:
-    """Parse `argv` over the recipe that `--model` names, run `main(args)`, and end a user's mistake with one
-    message and exit code 2."""
+    """Parse `argv` over the recipe that `--model` names and run `main(args)`. A user's mistake ends with one message
+    and exit code 2, a signal with a checkpoint and the codes that `cleanalign.signals` lists."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        single_process()
-        args = parse(recipes, argv)
-        keep_freed_memory(args.micro_batch_tokens)
-        with advice_when_out_of_memory(args):
-            main(dry_run.prepare(args) if args.dry_run else args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume RUN_FOLDER continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    with signals.listening():
+        try:
+            single_process()
+            args = parse(recipes, argv)
+            if args is not None:
+                keep_freed_memory(args.micro_batch_tokens)
+                with advice_when_out_of_memory(args):
+                    main(dry_run.prepare(args) if args.dry_run else args)
+        except UserError as error:
+            end(error, f"error: {error}", 2)
+        except Stopped as error:
+            end(error, f"stopped by {error}", error.exit_code)
+        finally:
+            if Run.current:
+                Run.current.close()
+
+
+def end(error: BaseException, message: str, code: int) -> typing.NoReturn:
+    """End the program: save what can be saved, say what happened and where the run stands."""
+    signals.busy = True  # a second signal may end it at once, a first one not cut the save short
+    lines = [message]
+    if Run.current:
+        try:
+            lines.append(Run.current.save_before_the_end(error))
+            Run.current.close()
+        except UserError as another:
+            lines.append(f"error: {another}")
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(code)
 
 
 def parse(recipes: dict, argv: list[str]):
-    """Args from flags over a recipe's values, or over a run folder's when `--resume` is given.
+    """Args from flags over a recipe's values, or over a run folder's when `--resume` is given. None: with `--resume
+    auto` there is nothing left to do.
 
     Raises `UserError` for an unknown model, and for a resumed run whose flags differ from its own.
     """
     default = next(iter(recipes.values()))
-    resume = flag_value(argv, "--resume")
-    model = flag_value(argv, "--model")
+    model, resume = flag_value(argv, "--model"), flag_value(argv, "--resume")
+    if resume == "auto":
+        folder = newest_run(parse(recipes, with_resume(argv, None)))
+        if folder is not None and (folder / "summary.json").exists():
+            print(f"--resume auto: {folder} is finished; give another --run-name for a new run")
+            return None
+        resume, argv = folder, with_resume(argv, folder)
     if resume is not None:
         default = saved_args(type(default), Path(resume))
     elif model is not None:
-        by_hub_id = {hub_id: name for name, hub_id in HUB_MODELS.items()}
-        default = recipes.get(model) or recipes.get(by_hub_id.get(model)) or default
-        known = (
-            model in recipes
-            or Path(model).is_dir()
-            or (model.count("/") == 1 and not model.startswith((".", "/", "~")))
-        )
-        known |= "--dry-run" in argv and model in synthetic.CONFIGS
-        require(known, f"--model {model}: no such recipe or folder. {near(model, recipes)}")
-        default = dataclasses.replace(default, model=model)
+        default = recipe_of(recipes, model, dry="--dry-run" in argv)
     args = tyro.cli(type(default), default=default, args=argv)
     if resume is not None:
-        may_differ = {"resume", "track"}
-        differ = [
-            f.name
-            for f in dataclasses.fields(args)
-            if f.name not in may_differ and getattr(args, f.name) != getattr(default, f.name)
-        ]
-        told = ", ".join(
-            f"--{n.replace('_', '-')} {getattr(args, n)} (was {getattr(default, n)})" for n in differ
-        )
-        require(
-            not differ,
-            f"--resume {resume}: its run had other arguments: {told}. Leave these flags out, or start a new "
-            "run.",
-        )
+        require_same(args, default)
     return args
+
+
+def recipe_of(recipes: dict, model: str, dry: bool):
+    """The recipe that a `--model` value names, or the first one's values with that model."""
+    by_hub_id = {hub_id: name for name, hub_id in HUB_MODELS.items()}
+    recipe = recipes.get(model) or recipes.get(by_hub_id.get(model)) or next(iter(recipes.values()))
+    looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    known = model in recipes or Path(model).is_dir() or looks_like_id or (dry and model in synthetic.CONFIGS)
+    require(known, f"--model {model}: no such recipe or folder. {near(model, recipes)}")
+    return dataclasses.replace(recipe, model=model)
+
+
+def newest_run(args) -> Path | None:
+    """The run folder that `--resume auto` goes on with: that of --run-name, or else the newest that such a command
+    started without one. None if there is none yet."""
+    folder = Path(args.run_dir)
+    if args.run_name:
+        return folder / args.run_name if (folder / args.run_name).exists() else None
+    return max(
+        folder.glob(default_name(Path(sys.argv[0]).stem, args) + "*-*"), default=None
+    )  # named by their time
+
+
+def with_resume(argv: list[str], folder: Path | None) -> list[str]:
+    """`argv` with `folder` as the value of its --resume; None takes the flag out."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--resume":
+            next(words, None)
+        elif not word.startswith("--resume="):
+            kept.append(word)
+    return kept if folder is None else [*kept, f"--resume={folder}"]
+
+
+MAY_DIFFER = {
+    "resume",
+    "track",
+    "save_async",
+    "keep_checkpoints",
+}  # flags that a resumed run may be given anew
+
+
+def require_same(args, saved) -> None:
+    """Raise `UserError` if a flag of a resumed run is not what its run had."""
+    names = [f.name for f in dataclasses.fields(args) if f.name not in MAY_DIFFER]
+    differ = [name for name in names if getattr(args, name) != getattr(saved, name)]
+    told = ", ".join(
+        f"--{name.replace('_', '-')} {getattr(args, name)} (was {getattr(saved, name)})" for name in differ
+    )
+    require(
+        not differ,
+        f"--resume {args.resume}: its run had other arguments: {told}. Leave these flags out, or start a new run.",
+    )
 
 
 def flag_value(argv: list[str], flag: str) -> str | None:
@@ -89,27 +149,46 @@ def flag_value(argv: list[str], flag: str) -> str | None:
 
 
 def saved_args(kind: type, folder: Path):
-    """The Args of a run folder, as they were, with `resume` set to it."""
-    require(folder.is_dir(), f"--resume {folder}: no such run folder.")
-    file = folder / "args.json"
-    require(file.is_file(), f"--resume {folder}: no args.json in it, so it is not a run folder.")
-    saved = json.loads(file.read_text())
+    """The Args of a run folder, as they were, with `resume` set to it. Raises `UserError` for a file that is none."""
+    what = f"--resume {folder}"
+    require(folder.is_dir(), f"{what}: no such run folder.")
+    require((folder / "args.json").is_file(), f"{what}: no args.json in it, so it is not a run folder.")
+    saved = read_json(folder / "args.json", what)
+    whole = isinstance(saved, dict) and isinstance(saved.get("args"), dict)
+    require(whole, f"{what}: its args.json is not what a run writes: an object with 'args'.")
     script = Path(sys.argv[0]).stem
     require(
         saved.get("script") in (None, script) or script not in SCRIPTS,
-        f"--resume {folder}: this is a run of {saved['script']}.py.",
+        f"{what}: this is a run of {saved.get('script')}.py.",
     )
+    hints = typing.get_type_hints(kind)
     names = {f.name for f in dataclasses.fields(kind)}
+    missing = sorted(names - set(saved["args"]))
     require(
-        names <= set(saved["args"]),
-        f"--resume {folder}: its args.json lacks {', '.join(sorted(names - set(saved['args'])))}; it was "
-        "written by another version.",
+        not missing, f"{what}: its args.json lacks {', '.join(missing)}; it was written by another version."
     )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items() if k in names}
+    values = {}
+    for name in names:
+        value = saved["args"][name]
+        values[name] = tuple(value) if isinstance(value, list) else value
+        require(
+            fits(values[name], hints[name]), f"{what}: its args.json has {name}: {value!r}, which cannot be."
+        )
     return kind(**{**values, "resume": str(folder)})
 
 
-SCRIPTS = ("selm", "ipo_md", "nash_md", "afd", "spin")
+def fits(value, hint) -> bool:
+    """Whether a value out of a JSON file is of an argument's type: a plain one, Literal, tuple or a union of them."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(one, inner[0]) for one in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 @contextlib.contextmanager

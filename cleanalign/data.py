@@ -1,5 +1,5 @@
-"""Data: named sets, hub ids and files become rows; what is dropped is counted; what is held out stays out of
-training."""
+"""Data: named sets, hub ids and files become rows; what is
+dropped is counted; what is held out stays out of training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Prompt = str | list[dict]  # plain text, or chat messages [{"role": ..., "conten
 
 @dataclass
 class Row:
-    """One example. `chosen` and `rejected` are a preference pair, `response` a demonstration; each may be
-    None."""
+    """One example. `chosen` and `rejected` are a preference
+    pair, `response` a demonstration; each may be None."""
 
     id: str
     prompt: Prompt
@@ -101,8 +101,8 @@ def load_file(path: str, columns: tuple[str, ...], flag: str) -> list[Row]:
 
 
 def _random_rows(count: int, prompt_tokens: int, response_tokens: int) -> Iterator[tuple[str, dict]]:
-    """Rows of random text, in tokens of `synthetic.Tokenizer`: what a dry run trains on, each as long as can
-    be."""
+    """Rows of random text, in tokens of `synthetic.Tokenizer`:
+    what a dry run trains on, each as long as can be."""
     for i in range(count):
         lengths = {
             "prompt": prompt_tokens,
@@ -133,8 +133,13 @@ def _chitchat() -> tuple[list, list]:
 def _file_rows(path: Path, flag: str = "--dataset") -> Iterator[tuple[str, dict]]:
     require(path.is_file(), f"{flag} {path}: no such file.")
     if path.suffix == ".parquet":
-        table = optional_import("pyarrow.parquet", "pyarrow").read_table(path)
-        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(table.to_pylist()))
+        parquet = optional_import("pyarrow.parquet", "pyarrow")
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except Exception as error:  # pyarrow has many, OSError and ValueError among them
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{flag} {path}: cannot be read as parquet: {first}") from error
+        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(rows))
         return
     with (
         gzip.open(path, "rt", encoding="utf-8")
@@ -150,6 +155,10 @@ def _file_rows(path: Path, flag: str = "--dataset") -> Iterator[tuple[str, dict]
                 except json.JSONDecodeError as error:
                     raise UserError(
                         f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})."
+                    ) from error
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{path}:{number}: not a JSON object that can be read: {error}"
                     ) from error
                 require(
                     isinstance(row, dict),
@@ -234,6 +243,8 @@ def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str
     _require_prompt(row_id, prompt)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         return "prompt ending with the assistant's turn"
+    if not all(map(is_unicode, [prompt_text(prompt), *texts.values()])):
+        return "not valid Unicode"
     if not prompt_text(prompt).strip() or any(not texts[c].strip() for c in columns):
         return "empty"
     if {"chosen", "rejected"} <= set(columns) and texts["chosen"] == texts["rejected"]:
@@ -241,10 +252,20 @@ def parse_row(row_id: str, fields: dict, columns: tuple[str, ...], response: str
     return Row(row_id, prompt, texts.get("chosen"), texts.get("rejected"), texts.get("response"))
 
 
+def is_unicode(text: str) -> bool:
+    """Whether text can be encoded: JSON's escapes can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _require_prompt(row_id: str, prompt) -> None:
     fine = isinstance(prompt, str) or (
         isinstance(prompt, list)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt)
+        and all(isinstance(m.get("role"), str) for m in prompt)
     )
     require(
         fine,
@@ -254,8 +275,8 @@ def _require_prompt(row_id: str, prompt) -> None:
 
 
 def _split_response(row_id: str, key: str, value) -> tuple[list[dict], str]:
-    """(messages before the last assistant turn, or [] if there are none; that turn's text) of a response
-    column."""
+    """(messages before the last assistant turn, or [] if
+    there are none; that turn's text) of a response column."""
     if isinstance(value, str):
         if value.startswith("\n\nHuman:") and "\n\nAssistant:" in value:
             messages = parse_dialogue(value)

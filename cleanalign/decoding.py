@@ -76,8 +76,8 @@ transformers.AttentionInterface.register("grouped", _grouped_attention)
 
 @contextlib.contextmanager
 def _attention_to_the_cache(model):
-    """Context in which `model` attends by `_grouped_attention`, unless it caps its attention's scores
-    (Gemma-2)."""
+    """Context in which `model` attends by `_grouped_attention`,
+    unless it caps its attention's scores (Gemma-2)."""
     config = backbone(model).config
     own = config._attn_implementation
     if getattr(config, "attn_logit_softcapping", None) is None:
@@ -89,8 +89,8 @@ def _attention_to_the_cache(model):
 
 
 class StaticLayer(transformers.cache_utils.DynamicLayer):
-    """One layer's keys and values in buffers that stay where they are; the new token's place in them is a
-    tensor."""
+    """One layer's keys and values in buffers that stay where
+    they are; the new token's place in them is a tensor."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor):
         super().__init__()
@@ -302,8 +302,8 @@ class Decoder:
         self._draw(sizes, last)
 
     def _draw(self, sizes, last: list[torch.Tensor]) -> None:
-        """Each row's next token from the members' last hidden states, (R, D) and, of the mixed rows, (M,
-        D)."""
+        """Each row's next token from the members' last hidden
+        states, (R, D) and, of the mixed rows, (M, D)."""
         R, M = sum(sizes), sizes[0]
         row, active = self.row[:R], ~self.finished[:R]
         logits = next_logits(self.members[0], last[0], self.temperature)  # (R, V)
@@ -335,8 +335,8 @@ class Decoder:
         return accept_or_redraw(token, source, target, uniforms[:, 1], uniforms[:, 2], self.waits), agree
 
     def _shrink(self, sizes, left, used: int) -> tuple[int, int]:
-        """Drop finished rows, all of them or, with graphs, down to a size worth one; returns the sizes that
-        remain."""
+        """Drop finished rows, all of them or, with graphs, down
+        to a size worth one; returns the sizes that remain."""
         smaller = left
         if self.decoding != "eager":
             share = min(
@@ -411,8 +411,8 @@ class DraftingDecoder(Decoder):
             self._round((sizes[0] if left[0] else 0, sum(sizes)), c, P, T)
 
     def _round(self, rows: tuple[int, int], c: int, P: int, T: int) -> None:
-        """Draft up to c tokens of all R rows, of which the first M are mixed, correct those, and keep what
-        stands."""
+        """Draft up to c tokens of all R rows, of which the first
+        M are mixed, correct those, and keep what stands."""
         M, R = rows
         row, drawn, active = self.row[:R, None], self.drawn[:R, None], ~self.finished[:R, None]
         # (R, c, 3)
@@ -503,8 +503,8 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF draw: (R, V) probabilities, up to a factor, and (R,) uniforms in [0, 1) to (R,) token
-    ids."""
+    """Inverse-CDF draw: (R, V) probabilities, up to a
+    factor, and (R,) uniforms in [0, 1) to (R,) token ids."""
     cdf = probs.cumsum(-1)
     token = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True)[:, 0]
     return token.clamp(max=probs.shape[-1] - 1)

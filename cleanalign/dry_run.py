@@ -26,6 +26,7 @@ class Holds:
     reference: bool = True  # a second model, while it trains (with LoRA it is the policy's own weights)
     average: bool = False  # a moving average of the trained weights
     completions: int = 1  # of a prompt, side by side in a row of training
+    models: int = 1  # that it writes to its run folder
 
 
 def prepare(args):
@@ -119,8 +120,8 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
 
 
 def linear_shapes(model) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every matrix a LoRA adapter stands beside: all linear layers but the vocabulary
-    projection."""
+    """(inputs, outputs) of every matrix a LoRA adapter stands
+    beside: all linear layers but the vocabulary projection."""
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]

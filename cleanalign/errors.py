@@ -8,8 +8,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can fix: the message names what, where and how. Ends the program with exit code
-    2."""
+    """A mistake the user can mend: the message names what, where and how. The program ends with code 2."""
+
+
+class JudgeFailure(UserError):
+    """A judge that failed in the middle of a run: the run checkpoints, and --resume asks again."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -13,7 +13,8 @@ Sections, in the order a run meets them:
 from __future__ import annotations
 
 import contextlib
-import json
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ import transformers
 from cleanalign import synthetic
 from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
 from cleanalign.errors import UserError, near, optional_import, require
+from cleanalign.storage import read_json, replacing
 
 HUB_MODELS = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -111,7 +113,10 @@ def check_folder(flag: str, folder: str | None, *endings: str) -> None:
         return
     file = Path(folder) / "config.json"
     require(file.is_file(), f"{flag} {folder}: no such folder, or no config.json in it.")
-    made = (json.loads(file.read_text()).get("architectures") or ["unknown"])[0]
+    written = read_json(file, f"{flag} {folder}")
+    made = "unknown"
+    if isinstance(written, dict) and written.get("architectures"):
+        made = str(written["architectures"][0])
     require(
         made.endswith(endings),
         f"{flag} {folder}: holds a {made}; a model whose name ends in {' or '.join(endings)} is needed.",
@@ -125,12 +130,18 @@ def hub_errors(flag: str, name: str):
 
     try:
         yield
-    except (OSError, ValueError, RepositoryNotFoundError, ConnectionError) as error:
+    except (MemoryError, torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # a broken folder can raise anything
+        known = (OSError, ValueError, RepositoryNotFoundError, ConnectionError)
+        if not Path(name).is_dir() and not isinstance(error, known):
+            raise
         causes = [error, error.__cause__, error.__context__]
         text = " ".join(str(cause) for cause in causes if cause)
         if Path(name).is_dir():
+            first = (str(error).strip().splitlines() or [""])[0]
             raise UserError(
-                f"{flag} {name}: the folder could not be loaded: {str(error).strip().splitlines()[0]}"
+                f"{flag} {name}: the folder could not be loaded: {type(error).__name__}: {first}"
             ) from error
         if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in text:
             raise UserError(
@@ -155,7 +166,7 @@ def hub_errors(flag: str, name: str):
 
 def without_dropout(source: str):
     """The transformers config of a folder or hub id, every dropout 0."""
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -177,7 +188,7 @@ def load_model(
         with hub_errors("--model", name):
             config = without_dropout(source)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attention
+                source, trust_remote_code=False, config=config, dtype=dtype, attn_implementation=attention
             )
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
@@ -191,13 +202,52 @@ def load_model(
     return model
 
 
+def try_template(tokenizer, what: str, seconds: int = 30) -> None:
+    """Write a short chat by a tokenizer's template: it comes from whoever made the folder. Raises `UserError` for one
+    that fails or does not come to an end; transformers' sandbox keeps it from files and from Python."""
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    try:
+        with time_limit(seconds):
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+            )
+    except TimeoutError:
+        raise UserError(
+            f"{what}: its chat template is not through with one message after {seconds} s."
+        ) from None
+    except Exception as error:  # a template can raise anything
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what}: its chat template fails: {first}") from error
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int):
+    """Context that raises `TimeoutError` after so long, where the system has such an alarm (in the main thread)."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def load_tokenizer(name: str):
     """Tokenizer for a `--model` value, with a padding token (the end-of-sequence token where it has none of
     its own)."""
     if name.startswith(synthetic.PREFIX):
         return synthetic.Tokenizer(synthetic.config(name.removeprefix(synthetic.PREFIX)).vocab_size)
     with hub_errors("--model", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=False)
+    try_template(tokenizer, f"--model {name}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     require(
@@ -239,8 +289,8 @@ def head_logits(hidden, weight, bias, softcap):
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Every id that ends a completion: the generation config's `eos_token_id` (one or several) and the
-    tokenizer's."""
+    """Every id that ends a completion: the generation config's
+    `eos_token_id` (one or several) and the tokenizer's."""
     configured = base_model(model).generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -289,34 +339,36 @@ def checkpointing(model):
 
 
 class LoraReference:
-    """The starting model behind a LoRA policy: the same weights with the adapter switched off. Costs no
-    memory."""
+    """The starting model behind a LoRA policy: the same
+    weights with the adapter switched off. Costs no memory."""
 
     def __init__(self, policy):
         self.policy = policy
 
 
 def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
-    """The frozen starting model beside `policy`: a second copy, or for LoRA the policy's own weights
-    unadapted."""
+    """The frozen starting model beside `policy`: a second
+    copy, or for LoRA the policy's own weights unadapted."""
     if hasattr(policy, "disable_adapter"):
         return LoraReference(policy)
     return load_model(name, dtype, device, attention)
 
 
 def adapter_switch(model):
-    """Context in which `backbone(model)` computes what `model` stands for: a `LoraReference` runs without its
-    adapter."""
+    """Context in which `backbone(model)` computes what `model`
+    stands for: a `LoraReference` runs without its adapter."""
     return model.policy.disable_adapter() if isinstance(model, LoraReference) else contextlib.nullcontext()
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads. A LoRA adapter is merged
-    into `model` for good."""
+def save_model(model, tokenizer, folder: Path) -> torch.nn.Module:
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole. A LoRA adapter is
+    merged into `model` for good. Returns the model as it was written."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with replacing(Path(folder)) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return model
 
 
 # --- memory ---
@@ -372,8 +424,8 @@ def choose_sample_rows(requested: int, members: list, longest: int, optimiser_by
 
 
 def key_value_numbers(config) -> int:
-    """Numbers that a token's keys and values take in the cache of a model of this config: 2 · layers · H_kv ·
-    D."""
+    """Numbers that a token's keys and values take in the
+    cache of a model of this config: 2 · layers · H_kv · D."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (
         2

@@ -1,5 +1,5 @@
-"""Optimisation: AdamW whose small steps survive bfloat16 weights, in full and in less memory; learning-rate
-schedules."""
+"""Optimisation: AdamW whose small steps survive bfloat16
+weights, in full and in less memory; learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _AdamW:
         """Detach from the model: hooks gone, gradients free to be collected."""
         for handle in self._hooks:
             handle.remove()
-        self.grads = []
+        self.weights, self.grads = [], []
 
 
 class MasterAdamW(_AdamW):

@@ -58,8 +58,8 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Start `peak_memory` anew where the system can: CUDA and Linux. Elsewhere it stays the peak since the
-    start."""
+    """Start `peak_memory` anew where the system can: CUDA and
+    Linux. Elsewhere it stays the peak since the start."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -110,8 +110,8 @@ class Phases:
         reset_peak_memory()
 
     def add_tokens(self, name: str, tokens: int, scored: int = 0) -> None:
-        """Count tokens of a phase: those sampled, or those a forward pass computed and, of the completions',
-        scored."""
+        """Count tokens of a phase: those sampled, or those a
+        forward pass computed and, of the completions', scored."""
         self.phases[name] += Counter(tokens=tokens, scored=scored)
 
     def add_batch(self, name: str, batch) -> None:
@@ -120,8 +120,8 @@ class Phases:
         self.padding += Counter(places=batch.input_ids.numel(), tokens=batch.tokens)
 
     def set_apart(self, name: str, part: str, seconds: float) -> None:
-        """Count `seconds` of phase `name` as a phase of their own: what is paid once must not blur tokens per
-        second."""
+        """Count `seconds` of phase `name` as a phase of their
+        own: what is paid once must not blur tokens per second."""
         if seconds:
             self.phases[name]["seconds"] -= seconds
             self.phases[part]["seconds"] += seconds

@@ -1,5 +1,5 @@
-"""What a run says of itself: where it came from, its curves, its result as a person reads it, its model
-card."""
+"""What a run says of itself: where it came from, its
+curves, its result as a person reads it, its model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The run folder and everything written to it; checkpoints."""
+"""The run folder and everything written to it, from its lock to its summary.
+
+Whatever ends a run, what was trained is lost for at most --save-every steps, nothing is written over, and a resumed
+run has the numbers of an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,18 +22,25 @@ import torch
 from tqdm import tqdm
 
 from cleanalign import dry_run
-from cleanalign.errors import UserError, optional_import, require
+from cleanalign.checkpoint import Checkpoints
+from cleanalign.errors import JudgeFailure, UserError, optional_import, require
+from cleanalign.events import open_events
+from cleanalign.lock import Lock
 from cleanalign.phases import SMALL_MICRO_BATCH, Phases, peak_memory
 from cleanalign.reporting import environment, plot_curves, summary_text
+from cleanalign.signals import signals
+from cleanalign.storage import write_json, write_text, writing
 
 
 class Run(Phases):
     """The run folder and everything written to it while training; and, as `Phases`, its clock.
 
     `create` makes a new folder (an existing one is refused: nothing is ever written over); with `args.resume`
-    the folder is continued. Use: `log(step, metrics)` once a step, `phase(name)` around timed work,
-    `save`/`restore` for checkpoints, `finish(summary)` at the end.
+    the folder is continued. Use: `phase(name)` around timed work, `log(step, metrics)` and `keep(step, state)`
+    once a step, `finish(summary)` at the end.
     """
+
+    current: Run | None = None  # the one that has its folder's lock, for whoever ends the program
 
     def __init__(self, script: str, args, steps: int):
         super().__init__(lean=args.micro_batch_tokens <= SMALL_MICRO_BATCH)
@@ -37,31 +49,27 @@ class Run(Phases):
             self.folder = Path(args.resume)
         else:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            model = re.sub(r"[^\w.-]+", "-", Path(args.model).name)
-            self.folder = Path(args.run_dir) / (args.run_name or f"{script}-{model}-seed{args.seed}-{stamp}")
+            self.folder = Path(args.run_dir) / (args.run_name or default_name(script, args) + stamp)
+        background = args.save_async == "on"
+        if args.save_async == "auto":
+            background = torch.cuda.is_available() and args.device in ("auto", "cuda")
+        self.checkpoints = Checkpoints(self.folder / "checkpoint", args.keep_checkpoints, background)
         self.metrics: list[dict] = []
+        self.unsaved: tuple[int, dict] | None = None  # step and state since the last checkpoint
         self.seconds_before = 0.0
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
-        self.writer = self.wandb = None
+        self.lock: Lock | None = None
+        self.events = self.wandb = None
 
     def create(self) -> None:
-        """Make the folder and write args.json. Call once the arguments, model and data are known to be
-        good."""
-        if not self.args.resume:
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise UserError(
-                    f"{self.folder} exists already. Choose another --run-name, or continue it with --resume "
-                    f"{self.folder}."
-                ) from None
-            except OSError as error:
-                raise UserError(f"--run-dir {self.args.run_dir}: cannot be written: {error}") from error
-            text = json.dumps(
-                {"script": self.script, "args": dataclasses.asdict(self.args), **environment()}, indent=2
-            )
-            (self.folder / "args.json").write_text(text + "\n")
+        """Make the folder with args.json, or take an existing one's lock. Call once the arguments, model and
+        data are known to be good."""
+        if self.args.resume:
+            self.lock = Lock(self.folder)
+        else:
+            self._make_folder()
+        Run.current = self
         print(f"run folder: {self.folder}", flush=True)
         if self.args.max_steps and self.steps < self.args.max_steps:
             print(
@@ -69,10 +77,30 @@ class Run(Phases):
                 "another flag ends the run there",
                 flush=True,
             )
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder))
+    def _make_folder(self) -> None:
+        """The folder appears by a rename, with args.json in it and its lock held."""
+        exists = f"{self.folder} exists already. Choose another --run-name, or continue it with --resume {self.folder}."
+        require(not self.folder.exists(), exists)
+        with writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            new = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".starting-"))
+            try:
+                new.chmod(0o777 & ~umask())
+                self.lock = Lock(new)
+                origin = {"script": self.script, "args": dataclasses.asdict(self.args), **environment()}
+                write_json(new / "args.json", origin, indent=2)
+                try:
+                    new.rename(self.folder)
+                except OSError:
+                    require(not self.folder.exists(), exists)  # another process was first
+                    raise
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
+
+    def _open_logs(self) -> None:
+        self.events = open_events(self.folder, len(self.metrics) + 1)
         if self.args.track:
             wandb = optional_import("wandb", "'cleanalign[track]'")
             self.wandb = wandb.init(
@@ -81,6 +109,27 @@ class Run(Phases):
                 config=dataclasses.asdict(self.args),
                 dir=str(self.folder),
             )
+
+    def close(self) -> None:
+        """Give the folder up: the last checkpoint is written to its end, logs are closed, the lock is free."""
+        Run.current = None
+        try:
+            self.checkpoints.wait()
+        finally:
+            if self.bar:
+                self.bar.close()
+            if self.lock:
+                self.lock.release()
+
+    # --- while training ---
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """`Phases.phase`. While the phase "training" changes the weights, and until `keep`, a signal waits."""
+        if name == "training":
+            signals.busy, self.unsaved = True, None
+        with super().phase(name):
+            yield
 
     def fewer_steps(self, by: int) -> None:
         """Shorten the run's planned steps, for the progress bar's time left."""
@@ -91,19 +140,16 @@ class Run(Phases):
 
     def log(self, step: int, metrics: dict[str, float], show: tuple[str, ...] = ()) -> None:
         """Write one step's metrics everywhere; `show` names those beside the progress bar."""
-        row = {
-            "step": step,
-            **{k: (v.item() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()},
-        }
+        row = {"step": step, **metrics}
         if self.padding:
             row["padding_fraction"] = 1 - self.padding["tokens"] / self.padding["places"]
             self.padding.clear()
         self.metrics.append(row)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if self.writer and isinstance(value, (int, float)):
-                self.writer.add_scalar(key, value, step)
+        file = self.folder / "metrics.jsonl"
+        with writing(file), open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if self.events:
+            self.events.add(step, {k: v for k, v in row.items() if isinstance(v, (int, float))})
         if self.wandb:
             self.wandb.log(row, step=step)
         if self.bar is None:
@@ -111,79 +157,84 @@ class Run(Phases):
         self.bar.update(1)
         self.bar.set_postfix({k: f"{row[k]:.3g}" for k in show if k in row})
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`: every --save-every steps, but not after the last."""
-        every = self.args.save_every
-        return bool(every) and step % every == 0 and step < self.steps
-
     def stop_unless_finite(self, step: int, loss: float, row_ids: list[str]) -> None:
         """A NaN or infinite loss ends the run, naming step and rows, before it can reach the weights."""
-        if not math.isfinite(loss):
-            kept = self.folder / "checkpoint"
-            where = (
-                f"The checkpoint before it is kept: {kept}"
-                if kept.exists()
-                else "No checkpoint had been written yet"
-            )
-            raise UserError(
-                f"step {step}: the loss is {loss}. Rows of this batch: {', '.join(row_ids)}. {where}. Lower "
-                "the learning rate, or look at these rows."
-            )
+        if math.isfinite(loss):
+            return
+        where = "No checkpoint had been written yet"
+        if found := self.checkpoints.found():
+            where = f"The checkpoint before it is kept: {found[-1][1]}"
+        raise UserError(
+            f"step {step}: the loss is {loss}. Rows of this batch: {', '.join(row_ids)}. {where}. Lower the "
+            "learning rate, or look at these rows."
+        )
 
     # --- checkpoint ---
 
+    def keep(self, step: int, state: dict) -> None:
+        """Once a step, when it is logged: `state` is what a resumed run needs to go on from here.
+
+        It is written every --save-every steps (not after the last: the weights are saved then), and when a
+        signal asks the run to end, which it then does. Otherwise it is remembered until the next step trains,
+        so that a judge that fails meanwhile costs nothing.
+        """
+        self.unsaved = (step, state)
+        every = self.args.save_every
+        due = every and step % every == 0 and step < self.steps
+        if due or signals.received is not None:
+            self.save_unsaved()
+        signals.busy = False
+        signals.check()
+
     def save(self, state: dict) -> None:
-        """Write checkpoint/ atomically: the old one stays whole until the new one is complete."""
-        state = {**state, "metrics": len(self.metrics), "seconds": self.seconds()}
-        new, old, current = (
-            self.folder / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint")
-        )
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir()
-        try:
-            with open(new / "state.pt", "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(new, ignore_errors=True)
-            raise UserError(
-                f"{new}: the checkpoint could not be written ({error}). The one before it is kept."
-            ) from error
-        if current.exists():
-            current.rename(old)
-        new.rename(current)
-        shutil.rmtree(old, ignore_errors=True)
+        """Write a checkpoint now. Raises `UserError` when the disk refuses; the ones before it stay."""
+        busy, signals.busy = signals.busy, True
+        rows = "".join(json.dumps(row) + "\n" for row in self.metrics)
+        with self.phase("saving"):
+            self.checkpoints.save(len(self.metrics), {**state, "seconds": self.seconds()}, rows)
+        self.unsaved = None
+        signals.busy = busy
+
+    def save_unsaved(self) -> None:
+        """Write what `keep` remembers, if the last checkpoint is older."""
+        if self.unsaved is not None:
+            self.save(self.unsaved[1])
+
+    def save_before_the_end(self, error: BaseException) -> str:
+        """What can still be saved when `error` ends the program: the state that `keep` remembers, if the weights
+        have not changed since. Returns a sentence that says where the run stands, or nothing."""
+        ended_between_steps = isinstance(error, JudgeFailure) or not isinstance(error, Exception)
+        if ended_between_steps:
+            self.save_unsaved()
+        self.checkpoints.wait()
+        found = self.checkpoints.found()
+        if not found:
+            return f"No checkpoint had been written: --resume {self.folder} starts from the first step."
+        step = found[-1][1].name.partition("-step-")[2]
+        return f"The last checkpoint is that of step {step}: continue with --resume {self.folder}."
 
     def restore(self) -> dict | None:
-        """The last checkpoint's state when resuming, else None; metrics.jsonl is cut back to its step."""
+        """The last whole checkpoint's state when resuming, else None; metrics.jsonl is cut back to its step."""
         if not self.args.resume:
+            self._open_logs()
             return None
         require(
             not (self.folder / "summary.json").exists(),
             f"--resume {self.folder}: this run is finished; see its summary.json.",
         )
-        file = next(
-            (
-                f
-                for f in (self.folder / "checkpoint/state.pt", self.folder / "checkpoint.old/state.pt")
-                if f.exists()
-            ),
-            None,
-        )
+        kept = self.checkpoints.load()
         log = self.folder / "metrics.jsonl"
-        if file is None:  # stopped before its first checkpoint: the same run from the beginning
+        if kept is None:  # stopped before its first checkpoint: the same run from the beginning
             print(f"{self.folder}: no checkpoint yet, so the run starts from its first step", flush=True)
-            log.unlink(missing_ok=True)
+            with writing(log):
+                log.unlink(missing_ok=True)
+            self._open_logs()
             return None
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        lines = log.read_text().splitlines()[: state["metrics"]] if log.exists() else []
-        self.metrics = [json.loads(line) for line in lines]
-        temporary = log.with_suffix(".new")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(log)
+        state, rows = kept
+        self.metrics = [json.loads(line) for line in rows.splitlines()]
+        write_text(log, rows)
         self.seconds_before = state["seconds"]
+        self._open_logs()
         return state
 
     # --- the end ---
@@ -193,7 +244,7 @@ class Run(Phases):
         return self.seconds_before + time.perf_counter() - self.started
 
     def finish(self, summary: dict, curves: tuple[str, ...]) -> None:
-        """Write summary.json and curves.png, close the logs and print the result."""
+        """Write curves.png and summary.json, close the logs and print the result."""
         if self.bar:
             self.bar.close()
         summary = {
@@ -208,13 +259,15 @@ class Run(Phases):
         summary["phase_peak_memory_bytes"] = {
             name: phase["peak_memory_bytes"] for name, phase in self.phases.items()
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        plot_curves(self.metrics, curves, self.folder / "curves.png", self.folder.name)
-        for name in ("win_rate", "eval_judge_win_rate"):
-            if self.writer and summary.get(name) is not None:
-                self.writer.add_scalar(f"eval/{name}", summary[name], len(self.metrics))
-        if self.writer:
-            self.writer.close()
+        with writing(self.folder / "curves.png"):
+            plot_curves(self.metrics, curves, self.folder / "curves.png", self.folder.name)
+        if self.events:
+            rates = {f"eval/{name}": summary.get(name) for name in ("win_rate", "eval_judge_win_rate")}
+            self.events.add(len(self.metrics), {k: v for k, v in rates.items() if v is not None})
+            self.events.close()
+        write_json(
+            self.folder / "summary.json", summary, indent=2
+        )  # last: its presence says that all is done
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
@@ -225,13 +278,19 @@ class Run(Phases):
         evaluated or saved."""
         if self.bar:
             self.bar.close()
-        if self.writer:
-            self.writer.close()
+        if self.events:
+            self.events.close()
         dry_run.write(dry_run.report(self.args, policy, self.phases, environment()), self.folder)
 
 
-def keep(file: Path, value) -> None:
-    """Write `value` as JSON; the file appears whole or not at all."""
-    file.parent.mkdir(exist_ok=True)
-    file.with_suffix(".new").write_text(json.dumps(value))
-    file.with_suffix(".new").replace(file)
+def default_name(script: str, args) -> str:
+    """What the names of runs without a --run-name begin with; the time they started at follows."""
+    model = re.sub(r"[^\w.-]+", "-", Path(args.model).name)
+    return f"{script}-{model}-seed{args.seed}-"
+
+
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

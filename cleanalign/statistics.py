@@ -80,8 +80,8 @@ def rank_probabilities(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def bootstrap(values: torch.Tensor, resamples: int = 2000) -> tuple[list[float], list[float], list[float]]:
-    """Mean and 95 % percentile interval over prompts (fixed seed) of (G, C) values: three lists of length
-    C."""
+    """Mean and 95 % percentile interval over prompts (fixed
+    seed) of (G, C) values: three lists of length C."""
     draw = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = values[draw].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     return values.mean(0).tolist(), low.tolist(), high.tolist()

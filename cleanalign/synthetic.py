@@ -134,13 +134,13 @@ def known(name: str) -> bool:
 
 
 def config(name: str) -> transformers.PretrainedConfig:
-    """The published configuration of `name`, or that of a model folder; every dropout 0, and nothing ends a
-    reply."""
+    """The published configuration of `name`, or that of a
+    model folder; every dropout 0, and nothing ends a reply."""
     if name in CONFIGS:
         kind, sizes = CONFIGS[name]
         made = getattr(transformers, kind)(**sizes)
     else:
-        made = transformers.AutoConfig.from_pretrained(name)
+        made = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     for key, value in vars(made).items():
         if "drop" in key and isinstance(value, float):
             setattr(made, key, 0.0)

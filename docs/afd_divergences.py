@@ -1,10 +1,11 @@
-"""Mass-covering against mode-seeking: what each objective of afd.py makes of demonstrations with two modes. One figure, no sampling.
+"""Mass-covering against mode-seeking: what each objective of afd.py makes of demonstrations with two modes.
+One figure, no sampling.
 
     python docs/afd_divergences.py            # writes docs/figures/afd_divergences.png, seconds on one core
 
-The demonstrator is a mixture of two Gaussians on a grid, the policy one Gaussian with a free mean and width. Forward KL is the SFT loss;
-reverse KL and JS ascend `afd.policy_gradient_loss` on the reward of the *optimal* discriminator, log d_demo − log d_π, every expectation
-a sum over the grid.
+The demonstrator is a mixture of two Gaussians on a grid, the policy one Gaussian with a free mean and width.
+Forward KL is the SFT loss; reverse KL and JS ascend `afd.policy_gradient_loss` on the reward of the *optimal*
+discriminator, log d_demo − log d_π, every expectation a sum over the grid.
 """
 
 from __future__ import annotations
@@ -50,9 +51,8 @@ def fit(objective: str, mean: float = -0.5, std: float = 1.0, steps: int = 1500)
             logit = (demo.log() - logprobs).detach()  # of the optimal discriminator
             reward = F.softplus(logit) if objective == "js" else logit
             rows = logprobs[:, None]  # (121, 1): one-token replies
-            weights = logprobs.detach().exp() * len(
-                GRID
-            )  # the loss is a mean over replies: weigh each by its probability
+            # the loss is a mean over replies: weigh each by its probability
+            weights = logprobs.detach().exp() * len(GRID)
             loss = afd.policy_gradient_loss(rows, rows.detach(), one, reward * weights, 0.0)
         loss.backward()
         optimizer.step()
@@ -84,7 +84,8 @@ def main() -> None:
         ("reverse-kl", -0.5, "-."),
     ):
         mean, std = fit(objective, mean=start, std=1.0 if start == -0.5 else 0.7)
-        label = f"{objective} from {start}: mean {mean:.2f}, width {std:.2f}, JS {js_divergence(gaussian(mean, std).exp()):.3f}"
+        far = js_divergence(gaussian(mean, std).exp())
+        label = f"{objective} from {start}: mean {mean:.2f}, width {std:.2f}, JS {far:.3f}"
         print(label)
         axis.plot(GRID, gaussian(mean, std).exp(), style, linewidth=1.8, label=label)
     axis.set_yticks([])

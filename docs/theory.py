@@ -1,11 +1,12 @@
-"""The finite games of docs/theory.md: what each loss must find, worked out exactly, and the figures that show it.
+"""The finite games of docs/theory.md: what each loss must find, worked out exactly, and its figures.
 
     python docs/theory.py            # writes docs/figures/theory_*.png, about a minute on one core
 
-A prompt has n possible completions, a judge is an (n, n) matrix P with P[i, j] = p(i ≻ j), and a policy is a table of
-logits. Every expectation is a sum over all completions or pairs, so nothing is sampled and nothing is estimated, and
-every loss is the one that trains language models: `ipo_md.preference_loss` and `nash_md.nash_md_loss`, called through
-their modules. All tensors are float64. tests/test_theory.py checks with these helpers what the page claims.
+A prompt has n possible completions, a judge is an (n, n) matrix P with P[i, j] = p(i ≻ j), and a policy is a
+table of logits. Every expectation is a sum over all completions or pairs, so nothing is sampled and nothing
+is estimated, and every loss is the one that trains language models: `ipo_md.preference_loss` and
+`nash_md.nash_md_loss`, called through their modules. All tensors are float64. tests/test_theory.py checks
+with these helpers what the page claims.
 
 Shapes: n completions, T tokens of the longest, S prefixes, V vocabulary. μ is the reference, π_ref elsewhere.
 """
@@ -31,7 +32,8 @@ import nash_md
 # games: who beats whom
 # ---------------------------------------------------------------------------------------------
 
-# Three dice of which each beats the next with probability 5/9, the last the first: no scalar reward explains them.
+# Three dice of which each beats the next with probability 5/9, the last the first: no scalar reward explains
+# them.
 DICE = ((2, 4, 9), (1, 6, 8), (3, 5, 7))
 
 
@@ -58,7 +60,7 @@ def dice_game(dice: tuple[tuple[int, ...], ...] = DICE) -> torch.Tensor:
 
 
 def random_game(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random intransitive judge (n, n), entries in (0, 1), and a random reference (n,) with full support."""
+    """A random intransitive judge (n, n), entries in (0, 1), and a random full reference (n,)."""
     generator = torch.Generator().manual_seed(seed)
     upper = torch.rand(n, n, generator=generator, dtype=torch.float64).triu(1)
     preference = upper + (1 - upper.T).tril(-1) + 0.5 * torch.eye(n, dtype=torch.float64)
@@ -89,9 +91,9 @@ def normalise(log_weights: torch.Tensor) -> torch.Tensor:
 def regularised_nash(preference: torch.Tensor, reference: torch.Tensor, tau: float) -> torch.Tensor:
     """The Nash equilibrium π (n,) of P(π ≻ π') − τ KL(π‖μ) + τ KL(π'‖μ), arXiv 2312.00886: π ∝ μ exp(Pπ/τ).
 
-    Damped Newton on u = log(π/μ), F(u) = u − Pπ/τ. The Jacobian is I − PC/τ, C the covariance of one draw from π. P is
-    ½ plus an antisymmetric A, and AC has imaginary eigenvalues only: the Jacobian's are 1 + iλ, so it is never
-    singular. The plain iteration π ← μ exp(Pπ/τ) spirals outwards at small τ, hence Newton.
+    Damped Newton on u = log(π/μ), F(u) = u − Pπ/τ. The Jacobian is I − PC/τ, C the covariance of one draw
+    from π. P is ½ plus an antisymmetric A, and AC has imaginary eigenvalues only: the Jacobian's are 1 + iλ,
+    so it is never singular. The plain iteration π ← μ exp(Pπ/τ) spirals outwards at small τ, hence Newton.
     """
     log_reference = reference.log()
     u = torch.zeros_like(reference)
@@ -123,8 +125,8 @@ def ipo_md_fixed_point(
 ) -> torch.Tensor:
     """(n,) π*_β, at which IPO-MD and Nash-MD-PG with the mixture opponent both rest; arXiv 2403.08635.
 
-    Both ask τ log(π/μ) = P m + constant, with m = π^(1−β) μ^β. Raised to 1 − β and multiplied by μ^β this says that m is
-    the Nash at temperature τ/(1−β); π follows from m.
+    Both ask τ log(π/μ) = P m + constant, with m = π^(1−β) μ^β. Raised to 1 − β and multiplied by μ^β this
+    says that m is the Nash at temperature τ/(1−β); π follows from m.
     """
     mixture = regularised_nash(preference, reference, tau / (1 - beta))
     return normalise(reference.log() + preference @ mixture / tau)
@@ -133,7 +135,8 @@ def ipo_md_fixed_point(
 def offline_ipo_optimum(
     preference: torch.Tensor, reference: torch.Tensor, data: torch.Tensor, tau: float
 ) -> torch.Tensor:
-    """(n,) μ exp(E_{y' ~ data} p(y ≻ y')/τ), the optimum of IPO on fixed pairs drawn from `data`; arXiv 2310.12036."""
+    """(n,) μ exp(E_{y' ~ data} p(y ≻ y')/τ), the optimum of IPO on fixed pairs drawn from `data`;
+    arXiv 2310.12036."""
     return normalise(reference.log() + preference @ data / tau)
 
 
@@ -150,7 +153,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def nash_md_step(
     policy: torch.Tensor, preference: torch.Tensor, reference: torch.Tensor, tau: float, eta: float
 ) -> torch.Tensor:
-    """One step of tabular Nash-MD, arXiv 2312.00886: mix towards μ, then improve against the mixture. (n,) to (n,).
+    """One step of tabular Nash-MD, arXiv 2312.00886: mix towards μ, then improve against the mixture; (n,).
 
     π^μ ∝ π^(1−ητ) μ^(ητ), then π ← π^μ exp(η P(· ≻ π^μ)), renormalised. Needs ητ ≤ 1.
     """
@@ -165,7 +168,8 @@ def nash_md_step(
 
 @dataclass(frozen=True, eq=False)
 class Completions:
-    """All completions of one prompt, as the leaves of a prefix tree; lengths may differ, as after an end of sequence.
+    """All completions of one prompt, as the leaves of a prefix tree; lengths may differ, as after an end of
+    sequence.
 
     A policy over them is a table of logits (S, V), one row for each prefix that has to be continued.
     """
@@ -205,7 +209,8 @@ class Completions:
     def token_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
         """(S, V) logits to (n, T) log-probs of each completion's tokens.
 
-        The padding holds the log-prob of some token, not 0, as a padded batch of a language model does: whoever forgets the mask is seen.
+        The padding holds the log-prob of some token, not 0, as a padded batch of a language model does:
+        whoever forgets the mask is seen.
         """
         flat = (
             self.next_token_logprobs(logits)
@@ -219,7 +224,7 @@ class Completions:
         return (self.token_logprobs(logits) * self.mask).sum(-1)
 
     def logits_of(self, policy: torch.Tensor) -> torch.Tensor:
-        """(S, V) logits at which the completions have the probabilities `policy` (n,): sums over each subtree."""
+        """(S, V) logits at which the completions have the probabilities `policy` (n,): subtrees' sums."""
         weights = torch.zeros(self.allowed.shape, dtype=torch.float64)
         for y, p in zip(self.tokens, policy.tolist(), strict=True):
             for t, token in enumerate(y):
@@ -242,16 +247,20 @@ def two_tokens(vocabulary: int) -> Completions:
     return Completions(tuple((i, j) for i in range(vocabulary) for j in range(vocabulary)))
 
 
-# Token 0 ends the sequence at once; the others are followed by one more token. As many leaves as the games here have completions.
+# Token 0 ends the sequence at once; the others are followed by one more token. As many leaves as the games
+# here have completions.
 RAGGED = {3: Completions(((0,), (1, 0), (1, 1))), 5: Completions(((0,), (1, 0), (1, 1), (2, 0), (2, 1)))}
 
 
 def per_token_mixture(
     completions: Completions, policy: torch.Tensor, reference: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """(n,) what one samples by mixing next-token distributions, π(·|s)^(1−β) μ(·|s)^β renormalised at every prefix s.
+    """(n,) what one samples by mixing next-token distributions, π(·|s)^(1−β) μ(·|s)^β renormalised at every
+    prefix s.
 
-    Args: policy, reference: logits (S, V), mixed as they are: they differ from log-probs by a constant in each row, which drops out.
+    Args:
+        policy, reference: logits (S, V), mixed as they are: they differ from log-probs by a constant in each
+            row, which drops out.
     """
     return completions.logprobs((1 - beta) * policy + beta * reference).exp()
 
@@ -262,7 +271,7 @@ def per_token_mixture(
 
 
 def of_first(x: torch.Tensor) -> torch.Tensor:
-    """(n, ...) to (n², ...): the values of y in every pair (y, y'), in the order of a flattened (n, n) matrix."""
+    """(n, ...) to (n², ...): the values of y in every pair (y, y'), as a flattened (n, n) matrix has them."""
     return x[:, None].expand(len(x), len(x), *x.shape[1:]).flatten(0, 1)
 
 
@@ -284,7 +293,8 @@ def expected_preference_loss(
 
     Args:
         log_policy, log_reference: (n,) log-probs of whole completions.
-        pair_weights: (n, n) the probability that (y, y') is sampled. Detached: nothing differentiates through sampling.
+        pair_weights: (n, n) the probability that (y, y') is sampled. Detached: nothing differentiates through
+            sampling.
         preference: (n, n) P.
         labels: soft (p itself), bernoulli (the mean over a drawn 0 or 1), argmax (1[p > ½]).
     """
@@ -320,7 +330,8 @@ def expected_nash_md_loss(
     tau: float,
     loss: Callable | None = None,
 ) -> torch.Tensor:
-    """E over y ~ sg[π], y' ~ sg[opponent] of `nash_md.nash_md_loss`, a scalar; minus its gradient is the expected policy gradient.
+    """E over y ~ sg[π], y' ~ sg[opponent] of `nash_md.nash_md_loss`, a scalar; minus its gradient is the
+    expected policy gradient.
 
     Args:
         logits, reference_logits: (S, V).
@@ -352,7 +363,8 @@ def nash_md_objective(
     preference: torch.Tensor,
     tau: float,
 ) -> torch.Tensor:
-    """P(π ≻ sg[π']) − τ KL(π‖μ), what Nash-MD-PG ascends, in closed form; autograd differentiates through the sampling too."""
+    """P(π ≻ sg[π']) − τ KL(π‖μ), what Nash-MD-PG ascends, in closed form; autograd differentiates through the
+    sampling too."""
     log_policy, log_reference = completions.logprobs(logits), completions.logprobs(reference_logits)  # (n,)
     policy = log_policy.exp()
     return policy @ preference @ opponent.detach() - tau * (policy * (log_policy - log_reference)).sum()
@@ -366,9 +378,11 @@ def nash_md_gradient(
     preference: torch.Tensor,
     tau: float,
 ) -> torch.Tensor:
-    """(S, V) the gradient of `nash_md_objective` written out, without autograd: π(s) π(v|s) [Q(s, v) − V(s)] (policy gradient theorem).
+    """(S, V) the gradient of `nash_md_objective` written out, without autograd: π(s) π(v|s) [Q(s, v) − V(s)]
+    (policy gradient theorem).
 
-    Q(s, v) is the mean of (Pπ')(y) − τ log[π(y)/μ(y)] over the completions y that pass through prefix s and token v.
+    Q(s, v) is the mean of (Pπ')(y) − τ log[π(y)/μ(y)] over the completions y that pass through prefix s and
+    token v.
     """
     log_policy, log_reference = completions.logprobs(logits), completions.logprobs(reference_logits)
     value = preference @ opponent - tau * (log_policy - log_reference)  # (n,)
@@ -384,7 +398,8 @@ def nash_md_gradient(
 
 
 def own_token_loss(policy_logprobs, reference_logprobs, mask, preference, tau, baseline=0.5):
-    """`nash_md_loss` as TRL had it: each token's score multiplies its own log-ratio, not those still to come. Wrong on purpose."""
+    """`nash_md_loss` as TRL had it: each token's score multiplies its own log-ratio, not those still to come.
+    Wrong on purpose."""
     log_ratio = ((policy_logprobs - reference_logprobs) * mask).detach()  # (B, T)
     coefficient = (preference - baseline)[:, None] - tau * log_ratio
     return -(policy_logprobs * mask * coefficient).sum(-1).mean()
@@ -419,7 +434,8 @@ def online_preference_loss(
     labels: str = "soft",
     beta: float = 0.0,
 ):
-    """The expected loss as a function of logits (n,), pairs sampled from sg[π^(1−β) μ^β]: online-IPO at β = 0, IPO-MD above."""
+    """The expected loss as a function of logits (n,), pairs sampled from sg[π^(1−β) μ^β]: online-IPO at
+    β = 0, IPO-MD above."""
 
     def loss(logits):
         log_policy = torch.log_softmax(logits, -1)
@@ -434,7 +450,8 @@ def online_preference_loss(
 def offline_preference_loss(
     preference: torch.Tensor, reference: torch.Tensor, data: torch.Tensor, tau: float
 ):
-    """The expected IPO loss as a function of logits (n,), on a fixed data set: pairs from data ⊗ data, hard labels drawn by the judge."""
+    """The expected IPO loss as a function of logits (n,), on a fixed data set: pairs from data ⊗ data, hard
+    labels drawn by the judge."""
 
     def loss(logits):
         return expected_preference_loss(
@@ -447,7 +464,8 @@ def offline_preference_loss(
 def online_nash_md_loss(
     completions: Completions, preference: torch.Tensor, reference: torch.Tensor, tau: float, beta: float = 0.0
 ):
-    """The expected Nash-MD-PG loss as a function of logits (S, V); the opponent is sg[π^(1−β) μ^β] over whole completions."""
+    """The expected Nash-MD-PG loss as a function of logits (S, V); the opponent is sg[π^(1−β) μ^β] over whole
+    completions."""
     reference_logits = completions.logits_of(reference)
 
     def loss(logits):
@@ -479,7 +497,8 @@ def place(policies: torch.Tensor):
 def simplex(
     axes, corners: tuple[str, str, str], window: tuple[float, float, float, float] | None = None
 ) -> None:
-    """The triangle of all policies over three completions, with lines at every fifth; `window` (x0, x1, y0, y1) enlarges a part."""
+    """The triangle of all policies over three completions, with lines at every fifth; `window`
+    (x0, x1, y0, y1) enlarges a part."""
     axes.set_aspect("equal")
     axes.axis("off")
     lines = 10 if window else 5
@@ -911,7 +930,8 @@ def draw_ipo_md(plt):
 
 
 def disagreeing_policies() -> tuple[Completions, torch.Tensor, torch.Tensor]:
-    """Two tokens of {a, b}; policy and reference agree on all but what follows b. Completions, policy logits, reference logits."""
+    """Two tokens of {a, b}; policy and reference agree on all but what follows b. Completions, policy logits,
+    reference logits."""
     completions = two_tokens(2)
     policy = torch.zeros(3, 2, dtype=torch.float64)
     policy[completions.prefixes.index((1,))] = vector(0.95, 0.05).log()
@@ -1074,7 +1094,8 @@ def draw_kl_to_go(plt):
     length = 5
 
     def dependence(loss):
-        """(T, T) how token n's coefficient answers to the log-ratio of token m, read off the gradient of the loss."""
+        """(T, T) how token n's coefficient answers to the log-ratio of token m, read off the gradient of the
+        loss."""
 
         def coefficients(reference):
             policy = torch.zeros(1, length, dtype=torch.float64, requires_grad=True)

@@ -13,7 +13,8 @@ torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with model/ (chat template), plain/ (none), prompts.jsonl, pairs.jsonl, demonstrations.jsonl and judges.py."""
+    """A folder with model/ (chat template), plain/ (none), prompts.jsonl, pairs.jsonl, demonstrations.jsonl
+    and judges.py."""
     root = tmp_path_factory.mktemp("world")
     tiny.folder(root / "model")
     tiny.folder(root / "plain", chat=False)

@@ -9,7 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from experiment import command_line
+import pytest
+import torch
+
+import common
+import experiment
+from cleanalign.command_line import command_line
+from judges import load_judge
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +58,23 @@ def resumed_equals_uninterrupted(script, flags, tmp_path) -> None:
     assert metrics_of(tmp_path / "killed") == whole
     before, after = summary_of(tmp_path / "whole"), summary_of(tmp_path / "killed")
     assert (before["win_rate"], before["kl"]) == (after["win_rate"], after["kl"])
+
+
+def sealed_passes(script, flags, monkeypatch) -> int:
+    """Run `script` and ask its judge wherever hidden states are computed with a gradient, which must be an
+    error; returns how often that was."""
+    passes = []
+    judge = load_judge(next(f for f in flags if f.startswith("--judge")).partition("=")[2])
+    monkeypatch.setattr(experiment, "load_judge", lambda *_: judge)
+    plain = common.completion_hidden
+
+    def nosy(model, batch):
+        if torch.is_grad_enabled():
+            with pytest.raises(AssertionError, match="training path"):
+                judge.score(["a"], ["good"])
+            passes.append(1)
+        return plain(model, batch)
+
+    monkeypatch.setattr(common, "completion_hidden", nosy)
+    start(script, *flags, "--run-name=x")
+    return len(passes)

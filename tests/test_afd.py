@@ -1,4 +1,5 @@
-"""afd.py: its losses on tabular problems, the Best-of-N estimators, whole runs that learn, stages reused, resume, bad input."""
+"""afd.py: its losses on tabular problems, the Best-of-N estimators, whole runs that learn, stages reused,
+resume, bad input."""
 
 import itertools
 import json
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import resumed_equals_uninterrupted, start, summary_of
+from running import resumed_equals_uninterrupted, sealed_passes, start, summary_of
 
 import afd
-import best_of_n
-import common
+import experiment
+import rewards
+from cleanalign import data, statistics
 from judges import load_judge
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
@@ -60,7 +62,8 @@ POLICY = torch.tensor([0.1, 0.2, 0.4, 0.25, 0.05], dtype=torch.float64)
 
 
 def fitted_scores(kind: str) -> torch.Tensor:
-    """Scores of five replies that minimise the discriminator's loss on samples with exactly the frequencies DEMO and POLICY."""
+    """Scores of five replies that minimise the discriminator's loss on samples with exactly the frequencies
+    DEMO and POLICY."""
     of_demo, of_policy = ((p * 20).round().long() for p in (DEMO, POLICY))
     positive, negative = (torch.arange(5).repeat_interleave(n) for n in (of_demo, of_policy))  # (20,) each
     if kind == "bradley-terry":  # every demonstration against every sample
@@ -85,7 +88,8 @@ def test_optimal_discriminator_is_the_log_density_ratio():
 
 
 def test_bradley_terry_leaves_a_constant_free():
-    """Its optimum is the log density ratio up to a constant, which its gradient never moves: it ranks alike, but is no density ratio."""
+    """Its optimum is the log density ratio up to a constant, which its gradient never moves: it ranks alike,
+    but is no density ratio."""
     ratio, scores = (DEMO / POLICY).log(), fitted_scores("bradley-terry")
     torch.testing.assert_close(scores - scores.mean(), ratio - ratio.mean(), atol=1e-5, rtol=0)
     assert scores.sum().abs() < 1e-9 and ratio.sum().abs() > 0.1
@@ -119,7 +123,8 @@ def test_adversarial_rewards_descend_their_divergences():
 
 
 def test_forward_kl_covers_and_reverse_kl_seeks_a_mode():
-    """Demonstrations with two modes, a policy that has one: SFT matches both moments, the reverse KL takes the heavier mode."""
+    """Demonstrations with two modes, a policy that has one: SFT matches both moments, the reverse KL takes
+    the heavier mode."""
     grid = afd_divergences.GRID
 
     def moments(probabilities):
@@ -156,10 +161,10 @@ def test_best_of_n_against_enumeration(ties):
                 best = [i for i in subset if rewards[g, i] == rewards[g, list(subset)].max()]
                 scores.append(golden[g, best].double().mean())
                 duels += [won[g, best, opponent].mean() for opponent in set(range(M)) - set(subset)]
-            assert best_of_n.best_of_n_score(rewards, golden, [n])[g, 0] == pytest.approx(
+            assert statistics.best_of_n_score(rewards, golden, [n])[g, 0] == pytest.approx(
                 torch.stack(scores).mean().item(), abs=1e-9
             )
-            assert best_of_n.best_of_n_win_rate(rewards, preference, [n])[g, 0] == pytest.approx(
+            assert statistics.best_of_n_win_rate(rewards, preference, [n])[g, 0] == pytest.approx(
                 torch.stack(duels).mean().item(), abs=1e-9
             )
 
@@ -168,7 +173,7 @@ def test_best_of_many_does_not_overflow():
     """C(101, 50) is beyond 64 bits."""
     golden = torch.rand(2, 101, generator=torch.Generator().manual_seed(0))
     preference = (golden[:, :, None] > golden[:, None, :]).double()
-    rates = best_of_n.best_of_n_win_rate(golden, preference, [50, 100])
+    rates = statistics.best_of_n_win_rate(golden, preference, [50, 100])
     torch.testing.assert_close(rates, torch.tensor([[50 / 51, 100 / 101]] * 2, dtype=torch.float64))
 
 
@@ -176,19 +181,18 @@ def test_best_of_one_is_even_and_a_useless_reward_stays_even():
     golden = torch.rand(200, 9, generator=torch.Generator().manual_seed(0))
     preference = (golden[:, :, None] > golden[:, None, :]).double()
     ns = [1, 4, 8]
-    rates = best_of_n.best_of_n_win_rate(torch.zeros(200, 9), preference, ns).mean(0)
+    rates = statistics.best_of_n_win_rate(torch.zeros(200, 9), preference, ns).mean(0)
     assert rates.tolist() == pytest.approx([0.5] * 3, abs=1e-9)  # opponents inside the subset would bias this
-    oracle = best_of_n.best_of_n_win_rate(golden, preference, ns).mean(0)
-    assert oracle.tolist() == pytest.approx(
-        [n / (n + 1) for n in ns], abs=1e-9
-    )  # the best of n + 1 lies among the n
+    oracle = statistics.best_of_n_win_rate(golden, preference, ns).mean(0)
+    # the best of n + 1 lies among the n
+    assert oracle.tolist() == pytest.approx([n / (n + 1) for n in ns], abs=1e-9)
 
 
 # --- reward models -----------------------------------------------------------------------------
 
 
 def small_reward_model(world, seed=0):
-    model = afd.load_reward_model(f"{world}/model", True, torch.float32, torch.device("cpu"), "eager")
+    model = rewards.load_reward_model(f"{world}/model", True, torch.float32, torch.device("cpu"), "eager")
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.score.weight)
     return model
@@ -198,7 +202,7 @@ def test_reward_is_the_classifier_s_at_the_last_token(world):
     """Side by side with others, padded: the scalar equals transformers' own classifier on the single text."""
     model = small_reward_model(world)
     prompts, groups = [[5, 6, 7], [8, 9]], [[[4, 5, 6], [7]], [[], [10, 11]]]
-    scores = afd.reward_scores(model, afd.collate_read(prompts, groups, "cpu"))
+    scores = rewards.reward_scores(model, rewards.collate_read(prompts, groups, "cpu"))
     for g, k in itertools.product(range(2), range(2)):
         ids = torch.tensor([[*prompts[g], *groups[g][k]]])
         hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
@@ -207,9 +211,12 @@ def test_reward_is_the_classifier_s_at_the_last_token(world):
 
 def test_pairs_are_read_without_their_end_and_at_equal_lengths():
     args = afd.Args()
-    assert afd.pair_as_read([7, 8, 9, 3], [5, 6, 3], args, [3]) == [[7, 8], [5, 6]]
-    assert afd.pair_as_read([7, 8, 9], [5, 6, 3], afd.Args(match_lengths=False), [3]) == [[7, 8, 9], [5, 6]]
-    assert afd.pair_as_read([7, 3], [5, 6, 3], afd.Args(hide_end=False), [3]) == [[7, 3], [5, 6]]
+    assert rewards.pair_as_read([7, 8, 9, 3], [5, 6, 3], args, [3]) == [[7, 8], [5, 6]]
+    assert rewards.pair_as_read([7, 8, 9], [5, 6, 3], afd.Args(match_lengths=False), [3]) == [
+        [7, 8, 9],
+        [5, 6],
+    ]
+    assert rewards.pair_as_read([7, 3], [5, 6, 3], afd.Args(hide_end=False), [3]) == [[7, 3], [5, 6]]
 
 
 # --- whole runs --------------------------------------------------------------------------------
@@ -223,7 +230,6 @@ def test_pairs_are_read_without_their_end_and_at_equal_lengths():
         ["--objective=js", "--epochs=1", "--policy-steps=30", "--discriminator-updates=2"],
         ["--objective=irl", "--epochs=3", "--policy-epochs=3", "--reward=reward-model"],
         ["--objective=irl", "--epochs=3", "--reward=log-ratio", "--pairs", "--policy-epochs=3"],
-        ["--objective=spin", "--epochs=1", "--policy-epochs=3"],
     ],
     ids=" ".join,
 )
@@ -269,39 +275,21 @@ def test_irl_compares_every_construction_on_the_same_samples_and_its_stages_can_
 
 def test_a_training_path_that_asks_the_judge_is_an_error(world):
     judge = load_judge(f"{world}/judges.py:goodness")
-    with afd.sealed(judge), pytest.raises(AssertionError, match="training path"):
+    with experiment.sealed(judge), pytest.raises(AssertionError, match="training path"):
         judge.score(["a"], ["good"])
     assert judge.score(["a"], ["good"]).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("objective", ["irl", "js", "spin"])
+@pytest.mark.parametrize("objective", ["irl", "js"])
 def test_training_is_sealed_off_from_the_judge(flags, tmp_path, monkeypatch, objective):
-    """Every stage trains inside the seal: hidden states with a gradient are computed where asking the judge is an error."""
-    asked = []
-    judge = load_judge(next(f for f in flags if f.startswith("--judge")).partition("=")[2])
-    monkeypatch.setattr(afd, "load_judge", lambda *_: judge)
-    plain = common.completion_hidden
-
-    def nosy(model, batch):
-        if torch.is_grad_enabled():
-            with pytest.raises(AssertionError, match="training path"):
-                judge.score(["a"], ["good"])
-            asked.append(1)
-        return plain(model, batch)
-
-    monkeypatch.setattr(common, "completion_hidden", nosy)
     extra = ["--policy-steps=2", "--reward=reward-model", "--max-steps=2", f"--objective={objective}"]
-    start(afd, *flags, *extra, "--run-name=x")
-    assert len(asked) >= 6  # SFT, and two stages more
+    passes = sealed_passes(afd, [*flags, *extra], monkeypatch)
+    assert passes >= 6  # SFT, and two stages more
 
 
 @pytest.mark.parametrize(
     "objective",
-    [
-        ["--objective=irl", "--lora-rank=4"],
-        ["--objective=reverse-kl", "--policy-steps=8", "--replay=0.5"],
-        ["--objective=spin"],
-    ],
+    [["--objective=irl", "--lora-rank=4"], ["--objective=reverse-kl", "--policy-steps=8", "--replay=0.5"]],
     ids=" ".join,
 )
 def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, objective):
@@ -331,9 +319,7 @@ def test_only_demonstrations_the_judge_likes_are_kept(flags, tmp_path, capsys):
 
 
 def test_demonstrations_from_a_file(flags, world, tmp_path, capsys):
-    held_out = {
-        common.prompt_text(r.prompt) for r in common.load_rows(f"{world}/prompts.jsonl", held_out=16)[1]
-    }
+    held_out = {data.prompt_text(r.prompt) for r in data.load_rows(f"{world}/prompts.jsonl", held_out=16)[1]}
     rows = [json.loads(line) for line in (world / "demonstrations.jsonl").read_text().splitlines()]
     flags = [f for f in flags if not f.startswith("--dataset")] + [
         f"--dataset={world}/prompts.jsonl",
@@ -343,8 +329,9 @@ def test_demonstrations_from_a_file(flags, world, tmp_path, capsys):
     good.write_text("\n".join(json.dumps(row) for row in rows if row["prompt"] not in held_out))
     start(afd, *flags, f"--demonstrations={good}", "--objective=forward-kl", "--run-name=x")
     leaky = tmp_path / "leaky.jsonl"
-    dialogue = lambda row: row | {"prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:"}  # noqa: E731  written otherwise, still a leak
-    leaky.write_text("\n".join(json.dumps(dialogue(row)) for row in rows))
+    for row in rows:  # written otherwise, still a leak
+        row["prompt"] = f"\n\nHuman: {row['prompt']}\n\nAssistant:"
+    leaky.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit) as stop:
         start(afd, *flags, f"--demonstrations={leaky}", "--run-name=y")
     error = capsys.readouterr().err
@@ -398,7 +385,7 @@ def test_empty_demonstrations_are_refused(flags, tmp_path, capsys):
 
 @pytest.mark.skipif(not HH.exists(), reason="the shared HH-RLHF file is not here")
 def test_hh_rlhf_splits_at_the_last_assistant_turn():
-    train, test = common.load_rows(str(HH), ("chosen", "rejected"), 200, "chosen")
+    train, test = data.load_rows(str(HH), ("chosen", "rejected"), 200, "chosen")
     row = next(row for row in train if len(row.prompt) == 5)
     assert row.prompt[-1]["role"] == "user" and [m["role"] for m in row.prompt[:3]] == [
         "user",
@@ -406,4 +393,4 @@ def test_hh_rlhf_splits_at_the_last_assistant_turn():
         "user",
     ]
     assert row.response == row.chosen and row.chosen != row.rejected and "\n\nAssistant:" not in row.chosen
-    assert not {common.prompt_text(r.prompt) for r in train} & {common.prompt_text(r.prompt) for r in test}
+    assert not {data.prompt_text(r.prompt) for r in train} & {data.prompt_text(r.prompt) for r in test}

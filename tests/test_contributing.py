@@ -24,6 +24,5 @@ def test_five_line_loss(flags, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     first = (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()[0]
-    assert (
-        '"loss": 1.0' in first or '"loss": 0.99' in first or '"loss": 1.00' in first
-    )  # a hinge at margin 0, not log 2
+    # a hinge at margin 0, not log 2
+    assert '"loss": 1.0' in first or '"loss": 0.99' in first or '"loss": 1.00' in first

@@ -8,13 +8,15 @@ import pytest
 import tiny
 
 import common
-from common import Row, UserError
+from cleanalign import data
+from cleanalign.data import Row
+from cleanalign.errors import UserError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def parse(columns=(), **fields):
-    return common.parse_row("f:1", fields, columns)
+    return data.parse_row("f:1", fields, columns)
 
 
 def test_standard_and_conversational_formats_read_alike():
@@ -50,7 +52,7 @@ def test_hh_dialogues_split_at_the_last_assistant_turn():
         row.chosen,
         row.rejected,
     ) == ("yes", "no")
-    assert common.write_dialogue(row.prompt) + "\n\nAssistant:" == text
+    assert data.write_dialogue(row.prompt) + "\n\nAssistant:" == text
 
 
 def test_unusable_rows_give_their_reason():
@@ -74,15 +76,14 @@ def test_files(tmp_path):
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.write(text)
     loaded = [
-        common.load_rows(str(tmp_path / name), ("chosen", "rejected"), held_out=8)
+        data.load_rows(str(tmp_path / name), ("chosen", "rejected"), held_out=8)
         for name in ("x.jsonl", "x.jsonl.gz")
     ]
     for train, test in loaded:
         assert len(train) == 32 and len(test) == 7  # of 39 usable rows a fifth at most is held out
         assert not {r.prompt for r in train} & {r.prompt for r in test}
-    assert [r.prompt for r in loaded[0][1]] == [
-        r.prompt for r in loaded[1][1]
-    ]  # the same rows are held out every time
+    # the same rows are held out every time
+    assert [r.prompt for r in loaded[0][1]] == [r.prompt for r in loaded[1][1]]
 
 
 def test_parquet(tmp_path):
@@ -93,7 +94,7 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": [f"p{i}" for i in range(20)]}), tmp_path / "x.parquet"
     )
-    train, test = common.load_rows(str(tmp_path / "x.parquet"), held_out=4)
+    train, test = data.load_rows(str(tmp_path / "x.parquet"), held_out=4)
     assert len(train) == 16 and len(test) == 4
 
 
@@ -110,16 +111,16 @@ def test_parquet(tmp_path):
 def test_bad_files_say_what_and_where(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        common.load_rows(str(tmp_path / "x.jsonl"))
+        data.load_rows(str(tmp_path / "x.jsonl"))
 
 
 def test_missing_files_and_names():
     with pytest.raises(UserError, match="no such file"):
-        common.load_rows("nowhere.jsonl")
+        data.load_rows("nowhere.jsonl")
     with pytest.raises(UserError, match="Did you mean chitchat"):
-        common.load_rows("chichat")
+        data.load_rows("chichat")
     with pytest.raises(UserError, match="cannot be read"):
-        common.load_rows(_not_gzip())
+        data.load_rows(_not_gzip())
 
 
 def _not_gzip():
@@ -132,7 +133,7 @@ def _not_gzip():
 
 def test_chitchat_splits_are_fixed_and_disjoint():
     pytest.importorskip("chitchat_dataset")
-    train, test = common.load_rows("chitchat")
+    train, test = data.load_rows("chitchat")
     assert len(train) > 50_000 and len(test) > 5_000
     assert not {r.prompt for r in train} & {r.prompt for r in test}
     assert not {r.id.split(":")[0] for r in train} & {r.id.split(":")[0] for r in test}
@@ -141,11 +142,9 @@ def test_chitchat_splits_are_fixed_and_disjoint():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
 def test_real_files():
-    train, test = common.load_rows(
-        str(SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"), ("chosen", "rejected")
-    )
+    train, test = data.load_rows(str(SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"), ("chosen", "rejected"))
     assert len(train) + len(test) > 2000 and all(row.prompt[-1]["role"] == "user" for row in train)
-    train, _ = common.load_rows(
+    train, _ = data.load_rows(
         str(SHARED / "alpaca_eval_gpt4_preferences_test.jsonl.gz"), ("chosen", "rejected")
     )
     assert len(train) > 1000
@@ -160,9 +159,8 @@ def test_encoding_with_and_without_a_chat_template():
     end = common.turn_end(chat, [chat.eos_token_id])
     assert end == chat.eos_token_id
     assert chat.decode(common.encode_response(chat, "x", "fine dog", end, 9)) == "fine dog </s>"
-    assert (
-        chat.decode(common.encode_response(chat, "x", "fine dog sun", end, 2)) == "fine dog"
-    )  # cut, and left open
+    # cut, and left open
+    assert chat.decode(common.encode_response(chat, "x", "fine dog sun", end, 2)) == "fine dog"
 
 
 def test_long_prompts_are_dropped_and_counted(capsys):

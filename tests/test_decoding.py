@@ -1,4 +1,5 @@
-"""The decode step as a GPU runs it, checked without one: recorded once, then replayed with every number of the host frozen."""
+"""The decode step as a GPU runs it, checked without one: recorded once, then replayed with every number of
+the host frozen."""
 
 import contextlib
 import copy
@@ -15,23 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import common
-import decoding
-import experiment
 import selm
+from cleanalign import decoding
+from cleanalign.command_line import saved_args
+from cleanalign.errors import UserError
+from cleanalign.models import (
+    PREFILL_TOKENS,
+    LoraReference,
+    base_model,
+    choose_sample_rows,
+    load_model,
+    make_trainable,
+)
+from cleanalign.run import Run
 
-WAITS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "lift_fresh",
-    "is_nonzero",
-    "equal",
-    "_unique2",
-}  # or copy from the host
+# these wait for the device, or copy from the host
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal", "_unique2"}
 
 
 class Recorder(TorchDispatchMode):
-    """Records every kernel with the tensors it worked on; refuses those for which a GPU's host would have to wait."""
+    """Records every kernel with the tensors it worked on; refuses those for which a GPU's host would wait."""
 
     def __init__(self):
         super().__init__()
@@ -89,9 +93,8 @@ def graphs(monkeypatch):
         return recorders[-1].replay
 
     monkeypatch.setattr(decoding.Decoder, "_capture", capture)
-    monkeypatch.setattr(
-        common, "resolve_decoding", lambda decoding, device: decoding if decoding != "auto" else "eager"
-    )
+    for module in (common, decoding):  # the sampler asks, and the decoder
+        monkeypatch.setattr(module, "resolve_decoding", lambda way, device: "eager" if way == "auto" else way)
     return recorders
 
 
@@ -102,14 +105,12 @@ def models():
 
 def lora_pair(world):
     """A LoRA policy whose adapter has moved, and its reference."""
-    policy = common.make_trainable(
-        common.load_model(f"{world}/model", torch.float32, torch.device("cpu")), 4, 8, False
-    )
+    policy = make_trainable(load_model(f"{world}/model", torch.float32, torch.device("cpu")), 4, 8, False)
     torch.manual_seed(0)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
-    return policy, common.LoraReference(policy)
+    return policy, LoraReference(policy)
 
 
 @pytest.mark.parametrize("every", [1, 4, 100])
@@ -151,7 +152,8 @@ def test_recorded_steps_draw_the_same_tokens(models, world, graphs, monkeypatch,
 
 
 def test_a_compiled_step_is_one_graph_and_draws_the_same_tokens(models, graphs, monkeypatch):
-    """Without a code generator, which tests need not have: what `torch.compile` makes of Python is what could go wrong here."""
+    """Without a code generator, which tests need not have: what `torch.compile` makes of Python is what could
+    go wrong here."""
     compile_step = functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", compile_step)
     monkeypatch.setattr(decoding.Decoder, "_capture", lambda self, step: step)
@@ -160,9 +162,8 @@ def test_a_compiled_step_is_one_graph_and_draws_the_same_tokens(models, graphs, 
     settings = dict(completions=5, max_new_tokens=8, seed=5, mixture=(models[1], 0.3), unmixed=2)
     expected = common.sample(models[0], PROMPTS, [END, 7], **settings)
     assert common.sample(models[0], PROMPTS, [END, 7], decoding="compiled", **settings) == expected
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    )  # for both models and every batch shape
+    # for both models and every batch shape
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def near(model, scale):
@@ -179,7 +180,8 @@ def near(model, scale):
 @pytest.mark.parametrize("scale", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize("ends", [[END], [END, 7, 8, 9]])
 def test_drafts_end_in_the_tokens_of_one_token_at_a_time(models, graphs, monkeypatch, scale, longest, ends):
-    """References near and far, so that drafts stand, fall at once, or fall half-way; the decoder of graphs does not draft."""
+    """References near and far, so that drafts stand, fall at once, or fall half-way; the decoder of graphs
+    does not draft."""
     reference = near(models[0], scale)
     settings = dict(completions=5, max_new_tokens=40, seed=5, mixture=(reference, 0.4), unmixed=2)
     plain, ours = {}, {}
@@ -191,7 +193,8 @@ def test_drafts_end_in_the_tokens_of_one_token_at_a_time(models, graphs, monkeyp
 
 
 def test_drafts_save_passes_of_the_reference(models):
-    """49 tokens drawn after the first: one pass of a like-minded reference for up to 16, and no more passes than tokens of a stranger."""
+    """49 tokens drawn after the first: one pass of a like-minded reference for up to 16, and no more passes
+    than tokens of a stranger."""
     passes = []
 
     def counted(model):
@@ -232,23 +235,22 @@ def test_rows_that_finished_leave_the_batch(models, graphs, monkeypatch):
 def test_prompts_prefilled_in_parts(models, monkeypatch):
     settings = dict(completions=3, max_new_tokens=8, seed=5, mixture=(models[1], 0.4))
     whole = common.sample(models[0], PROMPTS, [END], **settings)
-    monkeypatch.setattr(common, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 8)
     assert common.sample(models[0], PROMPTS, [END], **settings) == whole
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_gradient_checkpointing_does_not_cost_the_cache(world, rank):
-    """transformers drops the cache in training mode with checkpointing on, and the next token would see no prompt."""
+    """transformers drops the cache in training mode with checkpointing on, and would see no prompt."""
     device = torch.device("cpu")
-    plain = common.load_model(f"{world}/model", torch.float32, device)
+    plain = load_model(f"{world}/model", torch.float32, device)
     expected = common.sample(plain, PROMPTS, [END], max_new_tokens=8, seed=1)
-    policy = common.make_trainable(
-        common.load_model(f"{world}/model", torch.float32, device), rank, 8, gradient_checkpointing=True
+    policy = make_trainable(
+        load_model(f"{world}/model", torch.float32, device), rank, 8, gradient_checkpointing=True
     )
     assert common.sample(policy, PROMPTS, [END], max_new_tokens=8, seed=1) == expected
-    assert not common.base_model(
-        policy
-    ).training  # `completion_logprobs` alone enters training mode, where a gradient is wanted
+    # `completion_logprobs` alone enters training mode, where a gradient is wanted
+    assert not base_model(policy).training
 
 
 SHAPE = dict(
@@ -315,15 +317,13 @@ def test_families_against_no_cache(graphs, family, implementation):
 
 def test_a_sliding_window_that_would_bind_is_refused(models):
     model = FAMILIES["mistral"]()
-    with pytest.raises(
-        common.UserError, match="15 tokens are longer than its attention's sliding window of 14"
-    ):
+    with pytest.raises(UserError, match="15 tokens are longer than its attention's sliding window of 14"):
         common.sample(model, PROMPTS, [END], max_new_tokens=9, seed=0)
-    with pytest.raises(common.UserError, match="sliding window"):
-        common.choose_sample_rows(8, [model], 15)
+    with pytest.raises(UserError, match="sliding window"):
+        choose_sample_rows(8, [model], 15)
     models[0].config.layer_types = ["full_attention", "linear_attention"]
     try:
-        with pytest.raises(common.UserError, match="layers of type linear_attention"):
+        with pytest.raises(UserError, match="layers of type linear_attention"):
             common.sample(models[0], PROMPTS, [END], max_new_tokens=4, seed=0)
     finally:
         models[0].config.layer_types = None
@@ -339,38 +339,36 @@ def test_graphs_need_cuda(flags, tmp_path, capsys):
 def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     """The formula's bytes for a row are those of the caches and logits that a row has."""
     policy, reference = models
-    assert (
-        common.choose_sample_rows(0, [policy], 40) == 64 and common.choose_sample_rows(5, [policy], 40) == 5
-    )
+    assert choose_sample_rows(0, [policy], 40) == 64 and choose_sample_rows(5, [policy], 40) == 5
     layers, heads, width = 2, 2, 8
     row = 2 * (2 * layers * heads * width * 40 * 4 + 24 * V)
-    fixed = common.PREFILL_TOKENS * 4 * (32 + 64) * 4
-    monkeypatch.setattr(common, "free_memory", lambda device: (fixed + 100 * row) / 0.85 + 1)
+    fixed = PREFILL_TOKENS * 4 * (32 + 64) * 4
+    monkeypatch.setattr("cleanalign.models.free_memory", lambda device: (fixed + 100 * row) / 0.85 + 1)
     policy.requires_grad_(False)
     # room for 100 rows; 96 is a multiple of 8
-    assert common.choose_sample_rows(0, [policy, reference], 40) == 96
+    assert choose_sample_rows(0, [policy, reference], 40) == 96
     decoder = decoding.Decoder([policy, reference], 0.5, 0, 4, 1, 33, 8, [END], 1.0, 1.0, "eager")
     decoder.decode(PROMPTS, torch.zeros(4, 1, 8, 3))
     buffers = [b for cache in decoder.caches for layer in cache.layers for b in layer.buffers]
     places = buffers[0].shape[2]
     assert sum(b.numel() * 4 for b in buffers) == 4 * (row - 2 * 24 * V) * places // 40
     policy.requires_grad_(True)
-    assert common.choose_sample_rows(0, [policy, reference], 40) < 96  # room for the optimiser
+    assert choose_sample_rows(0, [policy, reference], 40) < 96  # room for the optimiser
 
 
 def test_the_choice_is_stored_and_kept(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "free_memory", lambda device: 400e6)
+    monkeypatch.setattr("cleanalign.models.free_memory", lambda device: 400e6)
     chosen = []
-    plain = common.choose_sample_rows
-    monkeypatch.setattr(common, "choose_sample_rows", lambda *a: (chosen.append(plain(*a)), chosen[-1])[1])
+    plain = choose_sample_rows
+    monkeypatch.setattr("experiment.choose_sample_rows", lambda *a: (chosen.append(plain(*a)), chosen[-1])[1])
     start(selm, *flags, "--sample-rows=0", "--num-prompts=8", "--iterations=1", "--run-name=x")
     assert json.loads((tmp_path / "x" / "args.json").read_text())["args"]["sample_rows"] == chosen[0] > 64
-    monkeypatch.setattr(common, "free_memory", lambda device: 1)
-    assert experiment.saved_args(selm.Args, tmp_path / "x").sample_rows == chosen[0]
+    monkeypatch.setattr("cleanalign.models.free_memory", lambda device: 1)
+    assert saved_args(selm.Args, tmp_path / "x").sample_rows == chosen[0]
 
 
 def test_warmup_does_not_blur_tokens_per_second():
-    run = experiment.Run("selm", selm.Args(), 1)
+    run = Run("selm", selm.Args(), 1)
     run.phases["sampling"]["seconds"] = 3.0
     run.add_tokens("sampling", 100)
     run.set_apart("sampling", "decoder warm-up", 1.0)
@@ -382,6 +380,6 @@ def test_warmup_does_not_blur_tokens_per_second():
 
 def test_rows_are_chosen_for_a_config_without_inner_width(monkeypatch):
     """GPT-2's: the recipe of that name decodes on a GPU too."""
-    monkeypatch.setattr(common, "free_memory", lambda device: 400e6)
+    monkeypatch.setattr("cleanalign.models.free_memory", lambda device: 400e6)
     config = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    assert common.choose_sample_rows(0, [transformers.GPT2LMHeadModel(config)], 40) >= 8
+    assert choose_sample_rows(0, [transformers.GPT2LMHeadModel(config)], 40) >= 8

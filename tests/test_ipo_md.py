@@ -1,5 +1,6 @@
-"""ipo_md.py: the loss's formula, whole runs that learn, the mixture's reference under LoRA, resume, bad input."""
+"""ipo_md.py: its loss, whole runs that learn, the mixture's reference under LoRA, resume, bad input."""
 
+import copy
 import math
 import re
 
@@ -10,6 +11,7 @@ from running import metrics_of, resumed_equals_uninterrupted, start, summary_of
 
 import common
 import ipo_md
+from cleanalign import models
 from judges import cycle_measure, load_judge
 
 
@@ -76,26 +78,29 @@ def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path):
 
 
 def test_with_lora_the_mixture_holds_the_unadapted_model(world):
-    """After the adapter has moved, mixture sampling equals that of two separate models, and differs from the adapted one mixed with itself."""
+    """After the adapter has moved, mixture sampling equals that of two separate models, and differs from the
+    adapted one mixed with itself."""
     device, ends = torch.device("cpu"), [3]
     torch.manual_seed(0)
-    policy = common.make_trainable(common.load_model(f"{world}/model", torch.float32, device), 4, 8, False)
+    policy = models.make_trainable(models.load_model(f"{world}/model", torch.float32, device), 4, 8, False)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
-    reference = common.starting_model(policy, f"{world}/model", torch.float32, device, "sdpa")
-    import copy
-
+    reference = models.starting_model(policy, f"{world}/model", torch.float32, device, "sdpa")
     merged = copy.deepcopy(policy).merge_and_unload()
-    original = common.load_model(f"{world}/model", torch.float32, device)
+    original = models.load_model(f"{world}/model", torch.float32, device)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    draw = lambda model, other: common.sample(
-        model, prompts, ends, completions=4, max_new_tokens=6, seed=0, mixture=(other, 0.5)
-    )  # noqa: E731
+    settings = dict(completions=4, max_new_tokens=6, seed=0)
+
+    def draw(model, other):
+        return common.sample(model, prompts, ends, mixture=(other, 0.5), **settings)
+
+    def alone(model):
+        return common.sample(model, prompts, ends, **settings)
+
     right = draw(merged, original)
     assert draw(policy, reference) == right
     assert draw(policy, policy) != right
-    alone = lambda model: common.sample(model, prompts, ends, completions=4, max_new_tokens=6, seed=0)  # noqa: E731
     assert alone(policy) == alone(merged) != alone(original) == alone(reference)
     replies = [[r for r in group] for group in right]
     for ours, theirs in ((reference, original), (policy, merged)):
@@ -104,10 +109,14 @@ def test_with_lora_the_mixture_holds_the_unadapted_model(world):
 
 
 def test_mixture_beside_unmixed_samples(world):
-    """`unmixed`: the policy's own rows and the mixture's, in shared forward passes, are those of separate calls."""
+    """`unmixed`: the policy's own rows and the mixture's, in shared passes, are those of separate calls."""
     policy, reference = tiny.model(24, seed=1), tiny.model(24, seed=2)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    draw = lambda **k: common.sample(policy, prompts, [3], completions=3, max_new_tokens=8, seed=0, **k)  # noqa: E731
+
+    def draw(**mixture):
+        settings = dict(completions=3, max_new_tokens=8, seed=0)
+        return common.sample(policy, prompts, [3], **settings, **mixture)
+
     together, mixed, alone = draw(mixture=(reference, 0.5), unmixed=2), draw(mixture=(reference, 0.5)), draw()
     for g in range(3):
         assert together[g] == [*alone[g][:2], mixed[g][2]]
@@ -125,9 +134,8 @@ def test_cycle_judge():
     assert judge.preference(["x"], ["Really? Yes!"], ["Wow!"]).item() == 0.5  # the last mark decides
     assert judge.score is None
     measured = cycle_measure([statement] * 6 + [question] * 3 + [exclamation])
-    assert measured["exploitability"] == pytest.approx(
-        0.6 + 0.5 * 0.1 - 0.5
-    )  # exclamations beat the statements
+    # exclamations beat the statements
+    assert measured["exploitability"] == pytest.approx(0.6 + 0.5 * 0.1 - 0.5)
     assert cycle_measure([question, exclamation, statement])["exploitability"] == pytest.approx(0)
 
 

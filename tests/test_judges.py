@@ -1,11 +1,11 @@
-"""Judges: lexicons, a reward model with its own tokenizer, your own function, and every way that goes wrong."""
+"""Judges: lexicons, a reward model with its own tokenizer, your own function, and how each goes wrong."""
 
 import pytest
 import tiny
 import torch
 import transformers
 
-from common import UserError
+from cleanalign.errors import UserError
 from judges import both_orders, load_judge, pairwise_model, pairwise_question, preference_matrix
 
 UP, DOWN = "I love this, what a wonderful day!", "This is horrible and I hate it."
@@ -22,7 +22,8 @@ def test_lexicons(name, score):
 
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory):
-    """A sequence-classification model whose tokenizer is not the policy's (another vocabulary, no chat template)."""
+    """A sequence-classification model whose tokenizer is not the policy's (another vocabulary, no chat
+    template)."""
     path = tmp_path_factory.mktemp("reward")
     words = tiny.tokenizer(chat=False, extra=("extra", "words", "!"))
     words.save_pretrained(path)
@@ -58,9 +59,8 @@ def test_reward_model_through_its_own_tokenizer(reward_folder):
     texts = ["good cat fine", "\n\nHuman: sun\n\nAssistant: yes\n\nHuman: why\n\nAssistant: the dog"]
     with torch.no_grad():
         expected = [model(torch.tensor([words(text).input_ids])).logits[0, 0].item() for text in texts]
-    assert judge.score(prompts, replies).tolist() == pytest.approx(
-        expected, abs=1e-5
-    )  # batched and padded = one by one
+    # batched and padded = one by one
+    assert judge.score(prompts, replies).tolist() == pytest.approx(expected, abs=1e-5)
     p = judge.preference(prompts[:1], ["fine"], ["dog"])
     assert p.item() == pytest.approx(1 - judge.preference(prompts[:1], ["dog"], ["fine"]).item())
 
@@ -72,8 +72,12 @@ def test_long_replies_keep_their_end(reward_folder):
     assert a != b
 
 
-# The format as the card of RLHFlow/pair-preference-model-LLaMA3-8B renders it: a chat template for the context, then the question.
-CARD_CONTEXT = "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}{% else %}\n\n<turn> assistant\n {{ message['content'] }}{% endif %}{% endfor %}\n\n\n"
+# The format as the card of RLHFlow/pair-preference-model-LLaMA3-8B renders it: a chat template for the
+# context, then the question.
+CARD_CONTEXT = (
+    "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}"
+    "{% else %}\n\n<turn> assistant\n {{ message['content'] }}{% endif %}{% endfor %}\n\n\n"
+)
 CARD_QUESTION = "[CONTEXT] {context} [RESPONSE A] {response_A} [RESPONSE B] {response_B} \n"
 DIALOGUE = [
     {"role": "user", "content": "sun"},
@@ -84,7 +88,8 @@ DIALOGUE = [
 
 @pytest.fixture(scope="module")
 def pairwise_folder(tmp_path_factory):
-    """A causal model with a chat template, single tokens A and B, and absolute positions, which padding must not shift."""
+    """A causal model with a chat template, single tokens A and B, and absolute positions, which padding must
+    not shift."""
     path = tmp_path_factory.mktemp("pairwise")
     words = tiny.tokenizer(extra=("A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>"))
     words.save_pretrained(path)
@@ -195,9 +200,8 @@ def test_preference_matrix(world):
         assert three.shape == (3, 3) and two.shape == (2, 2)
         torch.testing.assert_close(three + three.T, torch.ones(3, 3))
         assert three[0, 1].item() == pytest.approx(judge.preference(["x"], [UP], [DOWN]).item())
-    assert (
-        preference_matrix(biased, ["x", "y"], candidates)[0] == 0.5
-    ).all()  # position bias cancels in both orders
+    # position bias cancels in both orders
+    assert (preference_matrix(biased, ["x", "y"], candidates)[0] == 0.5).all()
 
 
 def test_a_function_of_two_arguments_is_a_reward(world):

@@ -1,12 +1,14 @@
-"""Log-probs of completions against a plain float64 computation: ragged, chunked, shared prompts, gradients, memory."""
+"""Log-probs against a plain float64 computation: ragged, chunked, shared prompts, gradients, memory."""
 
 import copy
+import math
 
 import pytest
 import tiny
 import torch
 
 import common
+from cleanalign.models import checkpointing, make_trainable
 
 V, END = 24, 3
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
@@ -47,9 +49,8 @@ def test_against_plain_float64(model, attention, temperature):
                 rtol=1e-6,
             )
             assert (logprobs[g, k, n:] == 0).all() and (entropy[g, k, n:] == 0).all()
-            assert batch.mask[g, k].tolist() == [1.0] * n + [0.0] * (
-                T - n
-            )  # the end-of-sequence token counts, once
+            # the end-of-sequence token counts, once
+            assert batch.mask[g, k].tolist() == [1.0] * n + [0.0] * (T - n)
     p = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature, -1)
     assert entropy[0, 0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
@@ -72,7 +73,7 @@ def test_missing_completions_are_empty(model):
 
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
 def test_gradient_and_chunk_sizes(model, monkeypatch, chunk):
-    """The chunked head's gradients, for every weight, equal those of plain autograd through the whole softmax."""
+    """The chunked head's gradients, for every weight, equal those of plain autograd through a softmax."""
     monkeypatch.setattr(common, "chunk_rows", lambda *_: chunk)
     ours, theirs = copy.deepcopy(model).requires_grad_(True), copy.deepcopy(model).requires_grad_(True)
     weights = torch.linspace(-1, 2, 9).view(3, 3)
@@ -136,7 +137,7 @@ def test_sequence_logprobs(model):
 
 
 def test_sampled_tokens_have_the_probability_they_were_drawn_with(model):
-    """Sampling and log-probs agree on one convention: frequencies of whole replies match exp(summed log-prob)."""
+    """Sampling and log-probs agree on one convention: frequencies of replies match exp(summed log-prob)."""
     replies = common.sample(
         model, [PROMPTS[0]] * 4000, [END], max_new_tokens=2, seed=0, temperature=0.6, max_rows=4000
     )
@@ -152,8 +153,8 @@ def test_sampled_tokens_have_the_probability_they_were_drawn_with(model):
 def test_gradient_checkpointing_gives_the_same_gradient_from_less_memory(model):
     """And the checkpointed policy still samples: with its caches, the very replies of the plain one."""
     kept = {}
-    plain = common.make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=False)
-    saving = common.make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=True)
+    plain = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=False)
+    saving = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=True)
     for name, policy in (("plain", plain), ("saving", saving)):
         weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
         seen = {}
@@ -175,6 +176,40 @@ def test_gradient_checkpointing_gives_the_same_gradient_from_less_memory(model):
         for policy in (plain, saving)
     ]
     assert replies[0] == replies[1]
+
+
+def test_checkpointing_ends_when_its_body_raises(model):
+    policy = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=True)
+    with pytest.raises(ZeroDivisionError), checkpointing(policy):
+        assert policy.training
+        1 / 0  # noqa: B018
+    assert not policy.training  # in training mode it would ignore its caches
+    with torch.no_grad(), checkpointing(policy):
+        assert not policy.training
+
+
+def test_means_are_weighted_by_prompts_and_read_once(monkeypatch):
+    reads = []
+    for name in ("tolist", "item", "__float__", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, plain=plain: reads.append(1) or plain(x))
+    weight = torch.tensor(2.0, requires_grad=True)
+    means = common.Means(4)
+    means.add(["a", "b", "c"], {"loss": weight * 0.1, "kl": torch.tensor(3.0, dtype=torch.bfloat16)})
+    means.add(["d"], {"loss": weight * 0.3, "kl": torch.tensor(1.0, dtype=torch.bfloat16)})
+    assert not reads
+    total = means.read()
+    assert len(reads) == 1 and all(isinstance(value, float) for value in total.values())
+    assert total == {"loss": pytest.approx(0.3, rel=1e-6), "kl": 2.5} and means.not_finite() == []
+    assert not any(x.requires_grad for _, measured in means.parts for x in measured.values())
+
+
+def test_means_name_the_rows_whose_loss_is_not_finite():
+    means = common.Means(7)
+    parts = {"a b": 1.0, "c": math.nan, "d e f": 2.0, "g": -math.inf}
+    for rows, loss in parts.items():
+        means.add(rows.split(), {"kl": torch.tensor(math.nan), "loss": torch.tensor(loss)})
+    assert math.isnan(means.read()["loss"]) and means.not_finite() == ["c", "g"]
 
 
 def test_padding_is_counted():

@@ -1,4 +1,5 @@
-"""nash_md.py: whole runs that learn, opponents, baselines, EMA, resume, bad input. (The loss's theory is in test_theory.py.)"""
+"""nash_md.py: whole runs that learn, opponents, baselines, EMA, resume, bad input. (The loss's theory is in
+test_theory.py.)"""
 
 import contextlib
 import math
@@ -10,9 +11,11 @@ import torch
 from running import metrics_of, resumed_equals_uninterrupted, start, summary_of
 
 import common
-import experiment
 import nash_md
-import optimization
+from cleanalign.data import Row
+from cleanalign.optimization import MasterAdamW
+from cleanalign.run import Run
+from experiment import Experiment
 from judges import Judge
 
 
@@ -50,9 +53,10 @@ def test_play_asks_for_each_sample_against_its_prompts_opponent(average):
         return torch.tensor([chance(*pair) for pair in zip(prompts, a, b, strict=True)])
 
     judge = Judge("chance", preference)
-    once = lambda *pair: (
-        (chance(*pair) + 1 - chance(pair[0], pair[2], pair[1])) / 2 if average else chance(*pair)
-    )  # noqa: E731
+
+    def once(prompt, a, b):
+        return (chance(prompt, a, b) + 1 - chance(prompt, b, a)) / 2 if average else chance(prompt, a, b)
+
     p, scores = nash_md.play(judge, PROMPTS, SAMPLES, RIVALS, average)
     assert scores is None and len(asked) == len(set(asked)) == 6 * (1 + average)
     for g, prompt in enumerate(PROMPTS):
@@ -64,9 +68,8 @@ def test_play_asks_for_each_sample_against_its_prompts_opponent(average):
     for g, (prompt, (a, b, c)) in enumerate(zip(PROMPTS, SAMPLES, strict=True)):
         ab, ac, bc = once(prompt, a, b), once(prompt, a, c), once(prompt, b, c)
         assert p[g].tolist() == pytest.approx([(ab + ac) / 2, (1 - ab + bc) / 2, (1 - ac + 1 - bc) / 2])
-    leave_one_out = (
-        p.sum(1, keepdim=True) - p
-    ) / 2  # why check_args refuses it here: it scales the advantage by K / (K − 1)
+    # why check_args refuses it here: it scales the advantage by K / (K − 1)
+    leave_one_out = (p.sum(1, keepdim=True) - p) / 2
     torch.testing.assert_close(p - leave_one_out, 1.5 * (p - 0.5))
 
 
@@ -113,7 +116,7 @@ class Average:
 
 
 @pytest.mark.parametrize(
-    "opponent,K,baseline,expected",  # expected: (who, whether averaged, samples of its own, mixture's β) of each call
+    "opponent,K,baseline,expected",  # of each call: (who, whether averaged, samples of its own, mixture's β)
     [
         ("mixture", 2, "half", [("policy", False, 2, 0.3)]),
         ("mixture", 2, "leave-one-out", [("policy", False, 2, 0.3)]),
@@ -126,7 +129,7 @@ class Average:
 def test_collect_samples_the_opponent_that_was_asked_for(monkeypatch, opponent, K, baseline, expected):
     average, calls = Average() if opponent == "ema" else None, []
 
-    def sample(model, prompts, *, completions=1, mixture=None, unmixed=0, seed, stats, **settings):
+    def sample(model, prompts, ends, *, completions=1, mixture=None, unmixed=0, seed, stats, **settings):
         assert mixture is None or mixture[0] == "reference"
         calls.append(
             (
@@ -142,16 +145,16 @@ def test_collect_samples_the_opponent_that_was_asked_for(monkeypatch, opponent, 
     monkeypatch.setattr(common, "sample", sample)
     monkeypatch.setattr(common, "decode", lambda tokenizer, completion: str(completion[0]))
     args = nash_md.Args(opponent=opponent, beta=0.3, samples_per_prompt=K, baseline=baseline)
-    rows = [common.Row(str(i), f"prompt {i}") for i in range(4)]
+    rows = [Row(str(i), f"prompt {i}") for i in range(4)]
     judge = Judge(
         "chance",
         lambda prompts, a, b: torch.tensor([chance(*pair) for pair in zip(prompts, a, b, strict=True)]),
         symmetric=True,
     )
-    run = experiment.Run("test", args, 1)
-    batch, metrics = nash_md.collect(
-        args, [3, 1], 0, rows, [[i] for i in range(4)], "policy", "reference", average, None, {}, judge, run
-    )
+    exp = Experiment("test", args, torch.device("cpu"), torch.float32, "eager", None, [], judge, None)
+    exp.rows, exp.prompts = rows, [[i] for i in range(4)]
+    exp.policy, exp.reference, exp.run = "policy", "reference", Run("test", args, 1)
+    batch, metrics = nash_md.collect(exp, [3, 1], 0, average)
     assert calls == expected
     for g, (group, i) in enumerate(zip(batch, [3, 1], strict=True)):
         assert (group.row_id, group.prompt) == (str(i), [i]) and group.completions == [
@@ -274,7 +277,7 @@ def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, oppo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ema_follows_its_recursion_in_float32_and_leaves_the_policy_alone(dtype):
     policy = tiny.model(24, seed=0).to(dtype).requires_grad_(True)
-    optimiser = optimization.MasterAdamW(policy, 0.0)
+    optimiser = MasterAdamW(policy, 0.0)
     ema = nash_md.EMA(optimiser, 0.9)
     expected = [m.clone() for m in optimiser.masters]
     batch = common.collate([[5, 6, 7]], [[[4, 5, 3]]], "cpu")
@@ -297,6 +300,10 @@ def test_ema_follows_its_recursion_in_float32_and_leaves_the_policy_alone(dtype)
             torch.equal(p, average.to(dtype))
             for p, average in zip(optimiser.weights, ema.weights, strict=True)
         )
+    assert all(torch.equal(p, kept) for p, kept in zip(policy.parameters(), before, strict=True))
+    with pytest.raises(ZeroDivisionError), ema.in_place_of_policy():
+        assert any((p != kept).any() for p, kept in zip(policy.parameters(), before, strict=True))
+        1 / 0  # noqa: B018
     assert all(torch.equal(p, kept) for p, kept in zip(policy.parameters(), before, strict=True))
 
 

@@ -1,4 +1,5 @@
-"""The optimisers: small steps survive bfloat16 weights, in full and in less memory; resume is bit-exact; the bytes are what is said."""
+"""The optimisers: small steps survive bfloat16 weights, in full and in less memory; resume is bit-exact; the
+bytes are what is said."""
 
 import copy
 
@@ -7,7 +8,7 @@ import tiny
 import torch
 
 import common
-import optimization
+from cleanalign import optimization
 
 STEPS, RATE = 200, 5e-7
 
@@ -55,7 +56,8 @@ class PlainAdamW:
 
 
 def test_small_steps_survive_bfloat16_and_plain_bfloat16_weights_stand_still():
-    """Displacement after 200 steps of 5e-7, against float32 masters on the same bfloat16 model: the split optimiser follows, plain weights do not."""
+    """Displacement after 200 steps of 5e-7, against float32 masters on the same bfloat16 model: the split
+    optimiser follows, plain weights do not."""
     exact = displacement(torch.bfloat16, optimization.MasterAdamW)
     assert exact.abs().median() > 1e-5  # the masters went somewhere
     assert torch.cosine_similarity(exact, displacement(torch.float32, optimization.MasterAdamW), dim=0) > 0.9
@@ -69,7 +71,8 @@ def test_small_steps_survive_bfloat16_and_plain_bfloat16_weights_stand_still():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_split_adamw_is_adamw(dtype):
-    """With its moments held in float32 (nothing rounded), every master is bit for bit that of a formula written apart, weight decay included."""
+    """With its moments held in float32 (nothing rounded), every master is bit for bit that of a formula
+    written apart, weight decay included."""
     model = fresh(dtype)
     optimiser = optimization.SplitAdamW(model, weight_decay=0.1)
     optimiser.part = 100  # several parts a tensor
@@ -90,13 +93,13 @@ def test_split_adamw_is_adamw(dtype):
         optimization.round_at_random = rounding
     for ours, weight, expected in zip(optimiser.masters, model.parameters(), masters, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-6)
-        assert (weight.float() - ours).abs().max() <= (
-            2**-9 if dtype == torch.bfloat16 else 0
-        ) * 2  # rounded to nearest
+        spacing = 2**-9 if dtype == torch.bfloat16 else 0
+        assert (weight.float() - ours).abs().max() <= spacing * 2  # rounded to nearest
 
 
 def test_split_loses_nothing():
-    """Every finite float32 comes back bit for bit, halfway cases and denormals included; the bfloat16 part is the nearest one."""
+    """Every finite float32 comes back bit for bit, halfway cases and denormals included; the bfloat16 part is
+    the nearest one."""
     bits = (
         torch.randint(-(2**31), 2**31, (300_000,), generator=torch.Generator().manual_seed(0))
         .int()
@@ -121,7 +124,8 @@ def test_random_rounding_has_the_right_mean():
 
 
 def test_second_moment_decays_though_each_step_is_below_bfloat16s_spacing():
-    """A gradient of 1, then none: the second moment falls by a thousandth a step, which rounding to nearest would swallow."""
+    """A gradient of 1, then none: the second moment falls by a thousandth a step, which rounding to nearest
+    would swallow."""
     model = torch.nn.Linear(50, 20, bias=False).bfloat16()
     optimiser = optimization.SplitAdamW(model)
     for step in range(300):
@@ -149,7 +153,8 @@ def test_resume_is_bit_exact(kind, dtype, tmp_path):
 @pytest.mark.parametrize("states", optimization.STATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_per_weight_are_what_is_said(states, dtype):
-    """Storages the optimiser holds after a step, those of the model's weights aside, against `BYTES_PER_WEIGHT`."""
+    """Storages the optimiser holds after a step, those of the model's weights aside, against
+    `BYTES_PER_WEIGHT`."""
     model = fresh(dtype)
     optimiser = optimization.make_optimiser(model, states, 0.0)
     train(model, optimiser, range(1))

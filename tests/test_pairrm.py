@@ -1,4 +1,5 @@
-"""PairRM on random weights, in both layouts of the hub: preferences recomputed apart, one pair at a time, and every wrong folder."""
+"""PairRM on random weights, in both layouts of the hub: preferences recomputed apart, one pair at a time, and
+every wrong folder."""
 
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import tokenizers
 import torch
 import transformers
 
-from common import UserError
+from cleanalign.errors import UserError
 from judges import (
     PAIRRM_LENGTHS,
     PAIRRM_TASK,
@@ -38,7 +39,8 @@ def folders(tmp_path_factory):
 
 
 def expected_logit(folder: str, source: str, first: str, second: str, lengths: tuple[int, int]) -> float:
-    """score(first) − score(second), written apart: words looked up by hand, one unpadded row, the head as two matrix products."""
+    """score(first) − score(second), written apart: words looked up by hand, one unpadded row, the head as two
+    matrix products."""
     weights = safetensors.torch.load_file(f"{folder}/model.safetensors")
     vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())
     vocabulary = vocabulary["model"]["vocab"] | {t["content"]: t["id"] for t in vocabulary["added_tokens"]}
@@ -83,9 +85,8 @@ def test_preference_is_the_mean_of_both_orders_logits(folders, monkeypatch):
     torch.testing.assert_close(p, torch.sigmoid(torch.tensor(logits)), atol=1e-5, rtol=0)
     assert p.max() - p.min() > 0.1  # the weights do tell these texts apart
     torch.testing.assert_close(p + judges["hf"].preference(PROMPTS, B, A), torch.ones(4))
-    assert torch.equal(
-        p, judges["original"].preference(PROMPTS, A, B)
-    )  # whose config names the same lengths and base
+    # whose config names the same lengths and base
+    assert torch.equal(p, judges["original"].preference(PROMPTS, A, B))
 
 
 def test_both_orders_are_asked_once(folders, monkeypatch):
@@ -143,7 +144,8 @@ def test_truncation_and_the_places_of_the_marks(folders):
 
 
 def test_tokenizer_json_is_read_as_it_stands(folders):
-    """transformers 5 rebuilds DeBERTa's tokenizer without the file's normaliser (here NFKC): full-width words would be unknown."""
+    """transformers 5 rebuilds DeBERTa's tokenizer without the file's normaliser (here NFKC): full-width words
+    would be unknown."""
     judge = load_judge(f"pairrm:{folders['hf']}")
     assert torch.equal(
         judge.preference(["why"], ["ｇｏｏｄ"], ["bad"]), judge.preference(["why"], ["good"], ["bad"])

@@ -1,5 +1,7 @@
-"""Whole runs of selm.py in a tiny world: it learns, it resumes after kill -9, at α = 0 it is DPO, and its folder is complete."""
+"""Whole runs of selm.py in a tiny world: it learns, it resumes after kill -9, at α = 0 it is DPO, and its
+folder is complete."""
 
+import itertools
 import json
 import random
 import re
@@ -12,7 +14,10 @@ from running import start as start_script
 
 import common
 import selm
-from experiment import win_rate_interval
+from cleanalign.data import load_rows
+from cleanalign.models import load_tokenizer
+from cleanalign.optimization import MasterAdamW
+from cleanalign.statistics import win_rate_interval
 from judges import load_judge
 
 
@@ -22,7 +27,8 @@ def start(*argv):
 
 
 def test_it_learns_and_the_run_folder_is_complete(flags, tmp_path, capsys):
-    """A synthetic preference (more "good" is better): the win rate against the starting model rises well above a half."""
+    """A synthetic preference (more "good" is better): the win rate against the starting model rises well
+    above a half."""
     start(
         *flags,
         "--run-name=x",
@@ -84,9 +90,9 @@ def test_alpha_zero_has_the_metrics_of_a_dpo_run_written_apart(world, flags, tmp
 
     # The same prompts and samples; everything after them written anew, with transformers and torch alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "model").requires_grad_(True)
-    tokenizer = common.load_tokenizer(f"{world}/model")
+    tokenizer = load_tokenizer(f"{world}/model")
     rows, prompts = common.encode_rows(
-        tokenizer, common.load_rows(f"{world}/prompts.jsonl", held_out=16)[0], 64, 40, 7, "prompts"
+        tokenizer, load_rows(f"{world}/prompts.jsonl", held_out=16)[0], 64, 40, 7, "prompts"
     )
     samples = common.sample(
         model, prompts, [3], completions=2, max_new_tokens=6, seed=common.derive_seed(7, 1, 0)
@@ -163,7 +169,7 @@ def test_resume_refuses_other_arguments(flags, tmp_path, capsys):
 
 
 def test_offline_responses_middle_rank_and_warmup(world, flags, tmp_path):
-    """The paper's recipe in small: one greedy answer beside the data set's two responses, after an offline epoch."""
+    """The paper's recipe in small: one greedy answer beside the data set's two, after an offline epoch."""
     flags = [f"--dataset={world}/pairs.jsonl" if f.startswith("--dataset") else f for f in flags]
     flags += [
         "--offline-responses",
@@ -258,6 +264,37 @@ def test_nan_loss_stops_with_step_and_rows(world, flags, tmp_path, capsys, monke
         and "Traceback" not in message
     )
     assert torch.load(tmp_path / "x/checkpoint/state.pt", weights_only=True)["step"] == 2
+
+
+def test_nan_in_one_micro_batch_names_its_rows_alone_and_never_reaches_the_weights(
+    flags, capsys, monkeypatch
+):
+    calls, seen, updates = [], [], []
+    loss, micro_batches, update = selm.selm_loss, common.micro_batches, MasterAdamW.step
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (float("nan") if len(calls) == 6 else 1.0)
+
+    def split(prompts, completions, max_tokens):
+        parts = micro_batches(prompts, completions, max_tokens)
+        if torch.is_grad_enabled():  # of a training step; the reference's log-probs are split too
+            seen.append(parts)
+        return parts
+
+    monkeypatch.setattr(selm, "selm_loss", broken)
+    monkeypatch.setattr(common, "micro_batches", split)
+    monkeypatch.setattr(MasterAdamW, "step", lambda *args: updates.append(1) or update(*args))
+    flags = [f for f in flags if not f.startswith("--micro-batch-tokens")]
+    with pytest.raises(SystemExit):
+        start(*flags, "--micro-batch-tokens=64", "--num-prompts=60", "--iterations=1", "--run-name=x")
+    ends = list(itertools.accumulate(map(len, seen)))  # calls of the loss after each step
+    step = next(i for i, end in enumerate(ends, 1) if end >= 6)
+    bad = [part for parts in seen for part in parts][5]
+    message = capsys.readouterr().err
+    named = re.search(r"Rows of this batch: (.*?)\. ", message).group(1).split(", ")
+    assert f"step {step}: the loss is nan" in message and len(named) == len(set(named)) == len(bad) < 8
+    assert len(seen[step - 1]) > 1 and len(updates) == step - 1
 
 
 BAD = [

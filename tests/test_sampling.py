@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import common
-import decoding
+from cleanalign.decoding import accept_or_redraw
 
 V, END = 24, 3
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [4, 4]]
@@ -59,17 +59,14 @@ def test_redrawn_tokens_have_the_target_distribution_and_differ_as_rarely_as_can
     source, target = (torch.randn(2, 8) * 1.5).softmax(-1)
     draft = torch.multinomial(source, n, replacement=True)
     given = (draft, source.expand(n, 8), target.expand(n, 8), torch.rand(n), torch.rand(n))
-    token = decoding.accept_or_redraw(*given)
-    assert torch.equal(token, decoding.accept_or_redraw(*given, waits=False))
+    token = accept_or_redraw(*given)
+    assert torch.equal(token, accept_or_redraw(*given, waits=False))
     assert torch.bincount(token, minlength=8) / n == pytest.approx(target, abs=5e-3)
     assert (token != draft).double().mean() == pytest.approx(
         float((source - target).abs().sum() / 2), abs=5e-3
     )
     assert torch.equal(
-        decoding.accept_or_redraw(
-            draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)
-        ),
-        draft,
+        accept_or_redraw(draft, source.expand(n, 8), source.expand(n, 8), torch.rand(n), torch.rand(n)), draft
     )
 
 
@@ -96,9 +93,10 @@ def test_greedy_is_deterministic_and_equals_transformers(models):
 
 
 def test_seeds_reproduce_and_differ(models):
-    draw = lambda seed, rows=64: common.sample(
-        models[0], PROMPTS, [END], completions=4, max_new_tokens=8, seed=seed, max_rows=rows
-    )  # noqa: E731
+    def draw(seed, rows=64):
+        settings = dict(completions=4, max_new_tokens=8, max_rows=rows)
+        return common.sample(models[0], PROMPTS, [END], seed=seed, **settings)
+
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert draw(1) == draw(1, rows=4)  # whatever else is in the batch
@@ -124,9 +122,8 @@ def test_samples_of_a_prompt_are_independent(models):
     joint = torch.zeros(V, V, dtype=torch.float64).index_put_(
         (first, second), torch.tensor(1.0 / n, dtype=torch.float64), accumulate=True
     )
-    assert (
-        joint - exact[:, None] * exact
-    ).abs().sum() < 0.28  # sampling noise alone gives about 0.2; equal samples about 1.9
+    # sampling noise alone gives about 0.2; equal samples about 1.9
+    assert (joint - exact[:, None] * exact).abs().sum() < 0.28
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -153,9 +150,8 @@ def test_mixture_distribution_against_enumeration(models, beta):
     count = {}
     for (reply,) in replies:
         count[tuple(reply)] = count.get(tuple(reply), 0) + 1 / n
-    noise = sum(
-        (2 * p / (3.1416 * n)) ** 0.5 for p in exact.values()
-    )  # expected total deviation of n exact draws
+    # expected total deviation of n exact draws
+    noise = sum((2 * p / (3.1416 * n)) ** 0.5 for p in exact.values())
     assert sum(abs(count.get(reply, 0) - p) for reply, p in exact.items()) < 1.15 * noise
 
 

@@ -1,4 +1,5 @@
-"""What docs/theory.md claims, checked: exact expectations over finite games, through the losses that train language models.
+"""What docs/theory.md claims, checked: exact expectations over finite games, through the losses that train
+language models.
 
 The sections carry the page's numbers. Nothing is sampled; everything is float64.
 """
@@ -32,7 +33,8 @@ GAMES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """A second thread has nothing to do on tensors of a few entries, and waiting for it on a busy machine takes a hundred times as long."""
+    """A second thread has nothing to do on tensors of a few entries, and waiting for it on a busy machine
+    takes a hundred times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -122,7 +124,8 @@ def test_regularised_nash_is_a_fixed_point_and_its_own_best_response(name):
 
     for seed in range(20):
         other = random_policy(len(nash), seed)
-        # Strongly concave: moving to π costs exactly τ KL(π‖nash), which proves uniqueness of the best response as well.
+        # Strongly concave: moving to π costs exactly τ KL(π‖nash), which proves uniqueness of the best
+        # response as well.
         assert_close(payoff(nash) - payoff(other), tau * theory.kl(other, nash), 1e-9)
 
 
@@ -383,7 +386,8 @@ def test_gradient_descent_on_ipo_md_reaches_its_fixed_point(name):
 @pytest.mark.parametrize("completions", [two_tokens(3), RAGGED[5]], ids=["two tokens", "ragged"])
 def test_mixing_tokens_is_not_mixing_sequences(completions):
     policy, reference = completions.random_logits(0), completions.random_logits(1)
-    # They disagree about what follows token 1: mixed sequence by sequence, that prefix loses weight; token by token, nothing tells the first token.
+    # They disagree about what follows token 1: mixed sequence by sequence, that prefix loses weight; token by
+    # token, nothing tells the first token.
     policy[completions.prefixes.index((1,)), :2] = vector(2, -2)
     reference[completions.prefixes.index((1,)), :2] = vector(-2, 2)
     sequence_policy, sequence_reference = (
@@ -496,9 +500,8 @@ def test_with_two_tokens_a_per_token_mixture_opponent_has_another_fixed_point():
 
 @pytest.mark.parametrize("completions", [two_tokens(3), RAGGED[5]], ids=["two tokens", "ragged"])
 def test_only_reward_to_go_gives_the_gradient_of_the_kl(completions):
-    tie = torch.full(
-        (len(completions.tokens),) * 2, 0.5, dtype=torch.float64
-    )  # no preference: the KL part alone is left
+    # no preference: the KL part alone is left
+    tie = torch.full((len(completions.tokens),) * 2, 0.5, dtype=torch.float64)
     worst = 1.0
     for seed in range(10):
         logits, reference_logits = completions.random_logits(seed), completions.random_logits(100 + seed)
@@ -548,10 +551,10 @@ def test_each_tokens_coefficient_is_its_advantage_minus_the_kl_still_to_come():
             for n in range(4):
                 to_go = sum((policy[i, m] - reference[i, m]) * mask[i, m] for m in range(n, 4))
                 coefficient = mask[i, n] * (preference[i] - base[i] - 0.3 * to_go)
-                assert_close(
-                    -3 * from_policy[i, n], coefficient.detach(), 1e-12
-                )  # the loss is a mean over 3 rows
-        # The reference enters through the KL coefficient alone, so a gradient there would be one through the coefficient.
+                # the loss is a mean over 3 rows
+                assert_close(-3 * from_policy[i, n], coefficient.detach(), 1e-12)
+        # The reference enters through the KL coefficient alone, so a gradient there would be one through the
+        # coefficient.
         assert from_reference is None or not from_reference.any()
 
 

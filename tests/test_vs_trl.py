@@ -1,4 +1,5 @@
-"""benchmark/vs_trl.py: our side does equal work, and an environment that is missing is said with the cure. (TRL's side needs its environment.)"""
+"""benchmark/vs_trl.py: our side does equal work, and an environment that is missing is said with the cure.
+(TRL's side needs its environment.)"""
 
 import json
 import subprocess
@@ -13,22 +14,23 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import vs_trl  # noqa: E402
 import vs_trl_ours  # noqa: E402
 
-import common  # noqa: E402
-import optimization  # noqa: E402
-from common import UserError  # noqa: E402
+import experiment  # noqa: E402
+from cleanalign.data import load_rows  # noqa: E402
+from cleanalign.errors import UserError  # noqa: E402
 
 
 @pytest.mark.parametrize("algorithm", ["nash", "ipo"])
 def test_our_side_samples_every_token_and_changes_the_policy(world, monkeypatch, algorithm):
-    rows, _ = common.load_rows(f"{world}/prompts.jsonl", held_out=8)
-    monkeypatch.setattr(common, "load_rows", lambda *_, **__: (rows, []))
+    rows = load_rows(f"{world}/prompts.jsonl", held_out=8)
+    monkeypatch.setattr(experiment, "load_rows", lambda *_, **__: rows)
     optimisers = []
-    made = optimization.make_optimiser
-    monkeypatch.setattr(
-        optimization,
-        "make_optimiser",
-        lambda *args, **kwargs: optimisers.append(made(*args, **kwargs)) or optimisers[0],
-    )
+    make_optimiser = vs_trl_ours.make_optimiser
+
+    def made(*args):
+        optimisers.append(make_optimiser(*args))
+        return optimisers[-1]
+
+    monkeypatch.setattr(vs_trl_ours, "make_optimiser", made)
     settings = dict(
         algorithm=algorithm, model=f"{world}/model", batch_size=4, new_tokens=12, micro_batch_tokens=0
     )

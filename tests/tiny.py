@@ -8,8 +8,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-WORDS = "good bad fine the a cat dog sun moon sea you me we see like is was and or not very now then here there why how what yes no".split()
-CHAT = "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<s> assistant : {% endif %}"  # like SmolLM's, in words
+WORDS = (
+    "good bad fine the a cat dog sun moon sea you me we see like is was and or not very now then here there "
+    "why how what yes no"
+).split()
+CHAT = (  # like SmolLM's, in words
+    "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant : {% endif %}"
+)
 
 
 def tokenizer(chat: bool = True, extra: tuple[str, ...] = ()) -> transformers.PreTrainedTokenizerFast:
@@ -76,7 +82,8 @@ def pairrm_folder(
 ) -> str:
     """PairRM with random weights, in the layout of llm-blender/PairRM-hf or the original's; returns its path.
 
-    The tokenizer has one token a word, the normaliser's kind the real one has (NFKC), and the four marks after its vocabulary.
+    The tokenizer has one token a word, the normaliser's kind the real one has (NFKC), and the four marks
+    after its vocabulary.
     """
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", ":", "USER:", "Assistant:", *WORDS]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -141,7 +148,8 @@ def pairrm_folder(
 
 
 def prompts_file(path: Path, rows: int = 80, pairs: bool = False, responses: bool = False) -> str:
-    """A JSONL of distinct short prompts, with chosen and rejected responses if `pairs`, with demonstrations full of good words if `responses`."""
+    """A JSONL of distinct short prompts, with chosen and rejected responses if `pairs`, with demonstrations
+    full of good words if `responses`."""
     lines = []
     for i in range(rows):
         prompt = f"{WORDS[i % 30]} {WORDS[(i // 30) % 30]} {WORDS[(i * 7) % 30]}"
