@@ -573,10 +573,6 @@ class Result:
 
     def write(self, folder: Path, turns: dict[str, list[dict]]) -> None:
         """Answers, preferences, benchmark files. `turns` are MT-Bench's, for each model."""
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--run-dir {self.args.run_dir}: cannot be written: {error}") from error
         origin = {"script": "evaluate", "args": dataclasses.asdict(self.args), **environment()}
         write(folder / "args.json", json.dumps(origin, indent=2))
         for name in self.models:
@@ -652,10 +648,13 @@ class Result:
 def write(file: Path, text: str) -> None:
     """Write a text file that appears whole or not at all; its folder is made. A lone surrogate, which JSON
     allows and UTF-8 does not, becomes its escape."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.new")
-    new.write_bytes((text.rstrip("\n") + "\n").encode("utf-8", "backslashreplace"))
-    new.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes((text.rstrip("\n") + "\n").encode("utf-8", "backslashreplace"))
+        new.replace(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error}. What was sampled and asked is kept.") from error
 
 
 def write_lines(file: Path, rows: list[dict]) -> None:
@@ -672,8 +671,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def models_first(argv: list[str]) -> list[str]:
-    """`argv` with the models in front, as tyro wants them
-    in one place: `a --judge x b` is what people type."""
+    """`argv` with the models in front, as tyro wants them in one place: people type `a --judge x b`."""
     switches = ["--common-prompts", "--no-common-prompts", "--length-controlled", "--no-length-controlled"]
     models, flags, words = [], [], iter(argv)
     for word in words:
