@@ -291,7 +291,9 @@ def test_ema_follows_its_recursion_in_float32_and_leaves_the_policy_alone(dtype)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     restored = nash_md.EMA(optimiser, 0.9)
     own = [weight.data_ptr() for weight in restored.weights]
-    restored.load_state_dict([ema.state_dict()])  # into its own tensors, which may be on another device than a checkpoint's
+    restored.load_state_dict(
+        [ema.state_dict()]
+    )  # into its own tensors, which may be on another device than a checkpoint's
     assert own == [weight.data_ptr() for weight in restored.weights]
     assert all(torch.equal(a, b) for a, b in zip(restored.weights, ema.weights, strict=True))
     before = [p.detach().clone() for p in policy.parameters()]

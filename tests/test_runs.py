@@ -49,11 +49,10 @@ def test_it_learns_and_the_run_folder_is_complete(flags, tmp_path, capsys):
         "samples.jsonl",
         "summary.json",
         "curves.png",
-        "checkpoint/state.pt",
         "model/README.md",
     ):
         assert (folder / name).exists(), name
-    assert list(folder.glob("events.*"))
+    assert list(folder.glob("events.*")) and list(folder.glob("checkpoint/*/state.pt"))
     saved = json.loads((folder / "args.json").read_text())
     assert saved["args"]["learning_rate"] == [0.01] and saved["versions"]["torch"] == torch.__version__
     # whoever doubts the win rate can recompute it
@@ -263,7 +262,8 @@ def test_nan_loss_stops_with_step_and_rows(world, flags, tmp_path, capsys, monke
         and "step 4: the loss is nan. Rows of this batch: prompts.jsonl:" in message
         and "Traceback" not in message
     )
-    assert torch.load(tmp_path / "x/checkpoint/state.pt", weights_only=True)["step"] == 2
+    [kept] = (tmp_path / "x" / "checkpoint").iterdir()
+    assert torch.load(kept / "state.pt", weights_only=True)["step"] == 2
 
 
 def test_nan_in_one_micro_batch_names_its_rows_alone_and_never_reaches_the_weights(
@@ -386,17 +386,8 @@ def test_all_tied_says_so(flags, world, capsys):
     assert stop.value.code == 2 and "every candidate tied" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "env,message",
-    [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK, MASTER_ADDR, MASTER_PORT not set"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a number"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 with WORLD_SIZE=2"),
-    ],
-)
-def test_an_environment_that_is_torchruns_in_part_only(flags, monkeypatch, capsys, env, message):
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+def test_several_processes_are_refused(flags, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stop:
         start(*flags)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert stop.value.code == 2 and "WORLD_SIZE=2" in capsys.readouterr().err
