@@ -669,7 +669,10 @@ def train_rewards(exp: StagedExperiment, sft_source, data: Data, samples: Sample
             pairs = reward_pairs(exp, kind, data.train, own, samples.init)
         model = new_reward_model(exp, args.model if args.reward_init == "start" else str(sft_source))
         pair_loss = partial(discriminator_loss, kind=args.reward_loss)
-        train_on_pairs(exp, stage, model, pairs, pair_loss, len(data.train.prompts) * args.reward_samples)
+        foreseen = len(data.train.prompts) * args.reward_samples
+        steps = [stage_steps(args, count, args.reward_epochs) for count in (foreseen, len(pairs))]
+        exp.run.fewer_steps(steps[0] - steps[1])
+        train_on_pairs(exp, stage, model, pairs, pair_loss)
         save_model(model, exp.tokenizer, exp.run.folder / stage)
         exp.finish_stage(stage)
         del model

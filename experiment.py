@@ -25,6 +25,7 @@ from cleanalign import distributed
 from cleanalign.command_line import command_line, parse
 from cleanalign.comparison import versus
 from cleanalign.data import Row, load_file, load_rows, prompt_text, require_no_leak, select_by_score
+from cleanalign.decoding import resolve_decoding
 from cleanalign.dry_run import Holds, require_room
 from cleanalign.errors import require
 from cleanalign.models import (
@@ -252,6 +253,7 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     holds = args.holds()
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    resolve_decoding(args.decoding, device)  # refuses what this device cannot
     require_room(args, device)
     judge, eval_judge = load_judges(args, device)
     train_rows, test_rows = load_rows(args.dataset, columns, held_out=args.eval_prompts)
@@ -439,6 +441,7 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     `load_demonstrations` and the stages; the starting model is read once, for what it tells, and let go."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    resolve_decoding(args.decoding, device)  # refuses what this device cannot
     require_room(args, device)
     judge, eval_judge = load_judges(args, device)
     with distributed.first_of_each_machine():

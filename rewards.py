@@ -29,7 +29,7 @@ from cleanalign.models import (
     model_source,
     without_dropout,
 )
-from experiment import Example, Split, Stage, StagedExperiment, stage_steps, train_stage
+from experiment import Example, Split, Stage, StagedExperiment, train_stage
 
 
 def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
@@ -122,9 +122,9 @@ def rewards_of(
 
 
 def train_on_pairs(
-    exp: StagedExperiment, stage: str, model, pairs: list[Example], pair_loss: Callable, planned: int
+    exp: StagedExperiment, stage: str, model, pairs: list[Example], pair_loss: Callable
 ) -> None:
-    """Train `model` on [positive, negative] pairs, of which the progress bar expected `planned`.
+    """Train `model` on [positive, negative] pairs.
 
     `pair_loss(positive_scores, negative_scores)`, (G,) each, gives the scalar to minimise.
     """
@@ -132,8 +132,6 @@ def train_on_pairs(
     require(
         bool(pairs), f"{stage}: no pair to learn from: both sides read the same, or the judge ties them all."
     )
-    steps = [stage_steps(args, count, args.reward_epochs) for count in (planned, len(pairs))]
-    exp.run.fewer_steps(steps[0] - steps[1])
 
     def loss_of(examples, data):
         positive, negative = reward_scores(model, data).unbind(1)  # (G,)

@@ -342,8 +342,8 @@ def ending_together():
 
 
 def _end_now(code: int) -> None:
-    """End with the others after a failure. torchrun sends SIGTERM to all once one has ended: they have heard, and end
-    with their own code."""
+    """End with the others after a failure. torchrun sends SIGTERM to all once one has ended: they have heard,
+    and end with their own code."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -391,8 +391,8 @@ def leave() -> None:
 
 
 def _part(store: dist.Store) -> None:
-    """Say that this process leaves, and wait until all have: torchrun ends the others once one has ended, and whoever
-    holds the store must be the last."""
+    """Say that this process leaves, and wait until all have: torchrun ends the others once one has ended, and
+    whoever holds the store must be the last."""
     with contextlib.suppress(RuntimeError):
         store.add("left", 1)
         if rank() != 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -1,5 +1,5 @@
-"""Several processes (torchrun's environment, gloo): they compute what one computes, share memory and work, and end
-together, whatever ends them. The larger matrix: benchmark/processes.py."""
+"""Several processes (torchrun's environment, gloo): they compute what one computes, share memory and work,
+and end together, whatever ends them. The larger matrix: benchmark/processes.py."""
 
 import json
 import os
@@ -185,7 +185,8 @@ def test_bad_input_is_one_message_and_code_2_everywhere(nursery, here, by_one, w
 
 
 def test_bytes_sent_are_those_of_the_formula(nursery):
-    """Counted by the code and, over TCP, by the kernel; steps · (passes + 1) · weights · bytes · (W − 1) / W."""
+    """Counted by the code and, over TCP, by the kernel; steps · (passes + 1) · weights · bytes · (W − 1) /
+    W."""
     for count in (2, 3):
         found = processes.measure(nursery, "bytes", "float32", count)
         assert found["counted"] == pytest.approx(found["formula"], rel=0.05)
@@ -193,8 +194,8 @@ def test_bytes_sent_are_those_of_the_formula(nursery):
 
 
 def test_memory_of_a_process_falls_with_their_number(nursery):
-    """Masters, moments and gradients, 16 bytes a weight, are shared: of 52 million weights 2 processes save 420 MB
-    each."""
+    """Masters, moments and gradients, 16 bytes a weight, are shared: of 52 million weights 2 processes save
+    420 MB each."""
     rows = [processes.measure(nursery, "memory", "float32", count) for count in (1, 2)]
     saved = rows[0]["peak_above_the_model"] - rows[1]["peak_above_the_model"]
     assert saved == pytest.approx(8 * rows[0]["weights"], rel=0.2)
