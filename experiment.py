@@ -183,7 +183,7 @@ class Experiment:
         """
         count = distributed.world()
         require(
-            len(self.rows) >= count,
+            count == 1 or len(self.rows) >= count,
             f"{count} processes and {len(self.rows)} training prompts: some would never have any. Start "
             "fewer.",
         )

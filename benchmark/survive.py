@@ -465,6 +465,47 @@ def fuzz(world: Path, count: int) -> dict:
     return survive_fuzz.fuzz(world, count, launch, COMMON, ipo_md)
 
 
+def table(results: dict) -> str:
+    """The results as docs/runs.md shows them."""
+    rows = ["| what | tried | came through | besides |", "|---|---|---|---|"]
+    if found := results.get("kills"):
+        where = ", ".join(f"{count} {place}" for place, count in sorted(found["killed"].items()))
+        rows.append(
+            f"| `kill -9` at a random moment, resumed | {found['kills']} | {found['same_as_uninterrupted']} | {where} |"
+        )
+    if found := results.get("writes"):
+        rows.append(
+            f"| a failing write (ENOSPC, EACCES, EIO), resumed | {found['failures']} | "
+            f"{found['resumed_like_uninterrupted']} "
+            f"| {found['tracebacks']} tracebacks, {found['lost_checkpoints']} lost checkpoints |"
+        )
+    if found := results.get("signals"):
+        seconds = found["seconds_until_the_end"]
+        rows.append(
+            f"| SIGTERM, SIGUSR1 or Ctrl-C, resumed | {found['signals']} | "
+            f"{found['resumed_like_uninterrupted']} "
+            f"| ended after {seconds['median']:.2f} s (median), {seconds['greatest']:.2f} s at most |"
+        )
+    if found := results.get("starts"):
+        rows.append(
+            f"| two processes on one folder: one goes on | {found['starts']} | {found['exactly_one_went_on']} | |"
+        )
+    if found := results.get("fuzz"):
+        rows.append(
+            f"| broken and hostile inputs | {found['inputs']} | {found['inputs'] - len(found['wrong'])} | "
+            f"{found['tracebacks']} "
+            f"tracebacks, {found['hangs']} hangs, {found['foreign_files_changed']} foreign files changed; "
+            "the slowest took "
+            f"{found['slowest_seconds']} s |"
+        )
+    for name, found in results.get("saving", {}).items():
+        if isinstance(found, dict) and "share" in found:
+            rows.append(
+                f"| default `selm.py`: saving, {name} | {found['seconds']} s | {found['share']:.1%} | {found['peak_memory_gb']} GB |"
+            )
+    return "\n".join(rows)
+
+
 def main(
     parts: tuple[Literal["kills", "writes", "fuzz", "signals", "starts", "saving"], ...] = PARTS,
     count: int | None = None,
@@ -474,7 +515,7 @@ def main(
 
     Args:
         parts: which of them.
-        count: kills, failures, inputs, … of each part; the default is what issue and docs speak of.
+        count: kills, failures, inputs, … of each part; the default is what docs/runs.md shows.
         out: the file of results.
     """
     torch.set_num_threads(1)
@@ -491,6 +532,7 @@ def main(
         failed |= bool(found.get("wrong"))
         print(json.dumps({part: {k: v for k, v in found.items() if k != "wrong"}}, indent=1))
         print(*found.get("wrong", [])[:5], sep="\n")
+        print(table(kept))
     sys.exit(1 if failed else 0)
 
 
