@@ -21,7 +21,7 @@ import spin
 from cleanalign import dry_run, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL
 from cleanalign.models import HUB_MODELS, load_model, make_trainable
-from cleanalign.phases import give_back_freed_memory, keep_freed_memory, reset_peak_memory
+from cleanalign.phases import Phases, give_back_freed_memory, keep_freed_memory, reset_peak_memory
 from cleanalign.run import Run
 
 SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd, "spin": spin}
