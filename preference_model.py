@@ -139,7 +139,7 @@ class Args(RunArgs):
     learning_rate: float = 5e-5
     """Peak learning rate."""
     batch_size: int = 8
-    """Examples in one optimiser step: pairs; of samples, for a reward model, a prompt with all its pairs."""
+    """Examples in one optimiser step: pairs, or a prompt with its samples."""
     epochs: int = 1
     """Passes over the pairs."""
     warmup_ratio: float = 0.1
