@@ -136,10 +136,10 @@ class Args(RunArgs):
     # optimisation
     max_steps: int | None = None
     """Optimiser steps at most; None takes all. The schedule shortens with it."""
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     """Peak learning rate."""
     batch_size: int = 8
-    """Examples in one optimiser step: pairs; of samples, for a reward model, a prompt with all its pairs."""
+    """Examples in one optimiser step: pairs, or a prompt with its samples."""
     epochs: int = 1
     """Passes over the pairs."""
     warmup_ratio: float = 0.1
@@ -540,12 +540,23 @@ def write_predictions(
 
 
 def new_model(exp: StagedExperiment):
-    """The model to train: `new_reward_model`, or the language model itself."""
-    if exp.args.kind == "reward" and not exp.args.dry_run:
-        return new_reward_model(exp, exp.args.model)
-    model = exp.load(exp.args.model, trainable=True)
-    if exp.args.lora_rank == 0:
-        model.get_input_embeddings().requires_grad_(False)
+    """The model to train: a reward model, or the language model itself.
+
+    A reward head begins at random, as in arXiv 2009.01325: while it is 0 no gradient passes it, and the layers
+    below would wait until it has grown.
+    """
+    args = exp.args
+    if args.kind == "pairwise" or args.dry_run:
+        model = exp.load(args.model, trainable=True)
+        if args.lora_rank == 0:
+            model.get_input_embeddings().requires_grad_(False)
+        return model
+    model = new_reward_model(exp, args.model)
+    generator = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "score" in name and weight.requires_grad:
+                weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
     return model
 
 
