@@ -313,11 +313,11 @@ def rows_of(args: Args, contenders: list[Contender]) -> list[Row]:
             alpaca_rows(Path(args.dataset)) if args.dataset.endswith(".json") else question_rows(args.dataset)
         )
     elif args.dataset is None and files:
-        rows = fitting(unique(row for one in files for row in one.order), args, contenders)
+        rows = fitting(unique(row for one in files for row in one.order), args, contenders, None)
     else:
         _, rows = load_rows(args.dataset or "chitchat", (), held_out=args.eval_prompts)
         random.Random(0).shuffle(rows)  # the scripts' order
-        rows = fitting(unique(rows), args, contenders)
+        rows = fitting(unique(rows), args, contenders, args.eval_prompts)
     missing = {one.name: [row for row in rows if bare(row.prompt) not in one.answers] for one in files}
     lacking = {name: without for name, without in missing.items() if without}
     if args.common_prompts and lacking:
@@ -343,12 +343,13 @@ def unique(rows: Iterable[Row]) -> list[Row]:
     return list(first.values())
 
 
-def fitting(rows: list[Row], args: Args, contenders: list[Contender]) -> list[Row]:
-    """Rows whose prompt is short enough for every model; the others are counted. As many as are needed."""
+def fitting(rows: list[Row], args: Args, contenders: list[Contender], count: int | None) -> list[Row]:
+    """The first `count` rows (None: all) whose prompt is short enough for every model; the others are
+    counted."""
     tokenizers = [one.tokenizer for one in contenders if one.tokenizer is not None]
     kept, dropped = [], Counter()
     for row in rows:
-        if args.dataset is not None and len(kept) == args.eval_prompts:
+        if len(kept) == count:
             break
         if all(len(common.encode_prompt(t, row.prompt)) <= args.max_prompt_length for t in tokenizers):
             kept.append(row)

@@ -333,6 +333,18 @@ def test_a_difference_from_training_is_told(models, compare, tmp_path, capsys):
     assert "my-run was trained with --max-new-tokens 99 (here 6)" in capsys.readouterr().out
 
 
+def test_the_prompts_are_the_scripts_own(models, world, tmp_path):
+    """The same held-out prompts in the same order as a run's final comparison, and no more of them; also of
+    chitchat, which is taken where nothing is named."""
+    tokenizer = common.load_tokenizer(models[0])
+    for dataset in (f"{world}/prompts.jsonl", None):
+        args = evaluate.Args(dataset=dataset, eval_prompts=12, max_prompt_length=40)
+        found = evaluate.rows_of(args, [evaluate.Contender("m", models[0], tokenizer=tokenizer)])
+        _, rows = common.load_rows(dataset or "chitchat", (), held_out=12)
+        expected, _ = common.encode_rows(tokenizer, rows, 40, 12, 0, "held-out prompts")
+        assert [row.id for row in found] == [row.id for row in expected] and len(found) == 12
+
+
 def test_answers_can_be_given_back_as_files(models, compare, tmp_path, counted):
     first, folder = compare(*models[:2], "--judge=random")
     counted.update(sampled=0)
