@@ -40,7 +40,7 @@ from cleanalign.statistics import win_rate_interval
 
 RUN = (
     "--judge openai:smollm2-135m --eval-judge None --num-prompts 160 --epochs 1 --batch-size 16"
-    " --eval-prompts 40 --max-new-tokens 24 --save-every 1 --judge-concurrency 4"
+    " --eval-prompts 40 --max-new-tokens 16 --save-every 1 --judge-concurrency 4"
 )
 COMPARISONS = 200
 
@@ -100,11 +100,12 @@ class Bench:
             "--model_alias",
             "smollm2-135m",
         ]
-        words += ["--logits_all", "true", "--n_ctx", "768"]
+        words += ["--logits_all", "true", "--n_ctx", "768", "--n_threads", "1"]
         if self.args.server == "transformers":
             words = [self.args.python, self.args.python.parent / "transformers", "serve", "smollm2-135m"]
         words += ["--host", "127.0.0.1", "--port", str(self.args.port)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        # one thread: it shares the cores with the run, and threads that wait for each other cost both
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         with open(self.log, "a") as log:
             self.server = subprocess.Popen(
                 [str(word) for word in words], cwd=self.cache, env=environment, stdout=log, stderr=log
