@@ -5,13 +5,15 @@
     python benchmark/processes.py memory              peak memory of a process against their number
     python benchmark/processes.py bytes               bytes on the wire, by the kernel, against the formula
     python benchmark/processes.py default             the default selm.py: 2 processes, or 1 with 2 threads
-    python benchmark/processes.py unchanged COMMIT    one process: to the bit as COMMIT, and as fast
+    python benchmark/processes.py unchanged COMMIT    one process: to the bit what COMMIT computes
+    python benchmark/processes.py speed COMMIT        and as fast
 
 Each writes its part of benchmark/results/processes.json. All on a CPU, by gloo.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -302,7 +304,8 @@ def killed(nursery: Nursery, here: Path, name: str, after: float, victim: int) -
         os.kill(pids[victim], signal.SIGKILL)
     code = nursery.wait(pids, 120)[1 - victim]
     seconds = round(time.monotonic() - began, 2)
-    last = (here / "output" / name / f"err-{1 - victim}").read_text().strip().splitlines() or [""]
+    last = (here / "output" / name / f"err-{1 - victim}").read_text().splitlines()
+    last = [line for line in last if line.startswith("error: ")] or [""]
     found = {
         "victim": victim,
         "after": round(after, 3),
@@ -490,35 +493,50 @@ def default() -> None:
     record("default", {"runs": table})
 
 
-def unchanged(commit: str) -> None:
-    """One process: whole runs as `commit` has them, and the speed of some steps of the default run, in
-    turn."""
-    same, table = {}, {}
+@contextlib.contextmanager
+def tree_of(commit: str):
+    """Context with the project as `commit` has it, in a folder, beside a tiny world: (folder, world)."""
     with tempfile.TemporaryDirectory() as scratch:
         here, before = world(Path(scratch)), Path(scratch) / "before"
         before.mkdir()
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True)
         subprocess.run(["tar", "-x", "-C", str(before)], input=archive.stdout, check=True)
-        for name in RUNS:
-            for weights in WEIGHTS:
-                run = f"{name} {weights}".replace(" ", "-")
-                for tree, runs in ((before, here / "runs-before"), (ROOT, here / "runs")):
-                    script, argv = flags(here, name, weights, runs, run)
-                    timed([sys.executable, f"{script}.py", *argv], tree, 1)
-                same[f"{name}, {weights}"] = unlike(here / "runs-before" / run, here / "runs" / run)
-                print(name, weights, same[f"{name}, {weights}"] or "the same", flush=True)
-        seconds = {"before": [], "now": []}
-        few = ["--max-steps=6", "--num-prompts=48", "--eval-prompts=16", f"--run-dir={scratch}"]
+        yield before, here
+
+
+def unchanged(commit: str) -> None:
+    """One process: whole runs to the bit as `commit` has them."""
+    same, nursery = {}, Nursery()
+    cases = [
+        *((name, "all weights") for name in RUNS),
+        *(("nash_md ema", weights) for weights in list(WEIGHTS)[1:]),
+    ]
+    with tree_of(commit) as (before, here):
+        for name, weights in cases:
+            run = f"{name} {weights}".replace(" ", "-")
+            script, argv = flags(here, name, weights, here / "runs-before", run)
+            timed([sys.executable, f"{script}.py", *argv], before, 1)
+            nursery.run(1, *flags(here, name, weights, here / "runs", run), here / "output" / run)
+            same[f"{name}, {weights}"] = unlike(here / "runs-before" / run, here / "runs" / run)
+            print(name, weights, same[f"{name}, {weights}"] or "the same", flush=True)
+    nursery.close()
+    record("unchanged", {"against": commit, "not_the_same": same})
+
+
+def speed(commit: str) -> None:
+    """One process of two threads: seconds of some steps of the default run, `commit` and now in turn."""
+    seconds: dict[str, list] = {"before": [], "now": []}
+    few = ["--max-steps=6", "--num-prompts=48", "--eval-prompts=16"]
+    with tree_of(commit) as (before, here):
         for turn in range(3):
             for when, tree in (("before", before), ("now", ROOT)):
-                command = [sys.executable, "selm.py", *few, f"--run-name={when}-{turn}"]
+                command = [sys.executable, "selm.py", *few, f"--run-dir={here}", f"--run-name={when}-{turn}"]
                 timed(command, tree, 2)
-                summary = json.loads((Path(scratch) / f"{when}-{turn}/summary.json").read_text())
+                summary = json.loads((here / f"{when}-{turn}/summary.json").read_text())
                 seconds[when].append(summary["seconds"])
-        table = {when: {"seconds": values, "least": min(values)} for when, values in seconds.items()}
-        ratio = table["before"]["least"] / table["now"]["least"]
+    ratio = min(seconds["before"]) / min(seconds["now"])
     print(f"speed now over before: {ratio:.3f} {seconds}")
-    record("unchanged", {"against": commit, "not_the_same": same, "speed": table, "ratio": ratio})
+    record("speed", {"against": commit, "seconds": seconds, "ratio_of_the_least": ratio})
 
 
 def unlike(a: Path, b: Path) -> list[str]:
@@ -538,6 +556,7 @@ COMMANDS = {
     "bytes": lambda rest: count_bytes(),
     "default": lambda rest: default(),
     "unchanged": lambda rest: unchanged(rest[0]),
+    "speed": lambda rest: speed(rest[0]),
     "nursery": lambda rest: nursery(),
 }
 
