@@ -471,7 +471,8 @@ def table(results: dict) -> str:
     if found := results.get("kills"):
         where = ", ".join(f"{count} {place}" for place, count in sorted(found["killed"].items()))
         rows.append(
-            f"| `kill -9` at a random moment, resumed | {found['kills']} | {found['same_as_uninterrupted']} | {where} |"
+            f"| `kill -9` at a random moment, resumed | {found['kills']} | {found['same_as_uninterrupted']} "
+            f"| {where} |"
         )
     if found := results.get("writes"):
         rows.append(
@@ -488,7 +489,8 @@ def table(results: dict) -> str:
         )
     if found := results.get("starts"):
         rows.append(
-            f"| two processes on one folder: one goes on | {found['starts']} | {found['exactly_one_went_on']} | |"
+            f"| two processes on one folder: one goes on | {found['starts']} "
+            f"| {found['exactly_one_went_on']} | |"
         )
     if found := results.get("fuzz"):
         rows.append(
@@ -501,7 +503,8 @@ def table(results: dict) -> str:
     for name, found in results.get("saving", {}).items():
         if isinstance(found, dict) and "share" in found:
             rows.append(
-                f"| default `selm.py`: saving, {name} | {found['seconds']} s | {found['share']:.1%} | {found['peak_memory_gb']} GB |"
+                f"| default `selm.py`: saving, {name} | {found['seconds']} s | {found['share']:.1%} "
+                f"| {found['peak_memory_gb']} GB |"
             )
     return "\n".join(rows)
 
