@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+# Runs are forked here: a pool of threads that loads weights finds torch's own threads gone in the new process.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
 import matplotlib.pyplot  # noqa: F401  imported once here, so that no forked run spends its time on it
 import peft  # noqa: F401
 import record
