@@ -542,8 +542,8 @@ def write_predictions(
 def new_model(exp: StagedExperiment):
     """The model to train: a reward model, or the language model itself.
 
-    A reward head begins at random, as in arXiv 2009.01325: while it is 0 no gradient passes it, and the layers
-    below would wait until it has grown.
+    A reward head begins at random, as in arXiv 2009.01325: while it is 0 no gradient passes it, and the
+    layers below would wait until it has grown.
     """
     args = exp.args
     if args.kind == "pairwise" or args.dry_run:
