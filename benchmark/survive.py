@@ -389,7 +389,7 @@ def starts(world: Path, count: int) -> dict:
         if i % 2:  # a run that was killed, and is then resumed twice
             child = launch(world, script, command)
             log = world / "runs" / run_name / "metrics.jsonl"
-            while not log.exists():
+            while not log.exists() and time.perf_counter() - child.started < 60:
                 time.sleep(0.002)
             os.kill(child.pid, signal.SIGKILL)
             os.waitpid(child.pid, 0)
