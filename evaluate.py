@@ -27,6 +27,7 @@ import dataclasses
 import datetime
 import gc
 import json
+import os
 import random
 import re
 import sys
@@ -59,6 +60,7 @@ from cleanalign.comparison_text import length_controlled, markdown, printed
 from cleanalign.data import Row, bare, load_file, load_rows, prompt_text, report_dropped
 from cleanalign.embedded import EMBEDDED_MODEL
 from cleanalign.errors import UserError, near, require
+from cleanalign.judge_templates import load_template
 from cleanalign.kept import Kept, content_of, digest, fingerprint
 from cleanalign.models import (
     HUB_MODELS,
@@ -72,6 +74,7 @@ from cleanalign.models import (
     resolve_device,
     resolve_dtype,
 )
+from cleanalign.openai_judge import JudgeSettings
 from cleanalign.reporting import environment
 from experiment import sampling_settings
 from judges import Judge, judge_candidates, load_judge
@@ -99,7 +102,13 @@ class Args:
     with prompt and response, or AlpacaEval's .json). NAME=MODEL gives one another name."""
     judge: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Who prefers what, once for each judge: sentiment, polarity, cycle, hf:ID, pairrm, pairwise:ID or
-    FILE.py:FUNCTION; see docs/judges.md. None given: sentiment."""
+    openai:MODEL or FILE.py:FUNCTION; see docs/judges.md. None given: sentiment."""
+    judge_template: str = "alpaca-eval"
+    """What --judge openai:MODEL is asked: alpaca-eval, tldr, or a file with {prompt}, {a} and {b} in it."""
+    judge_max_requests: int | None = None
+    """Requests that the judges openai:MODEL may send together before this stops. None: any number."""
+    judge_concurrency: int = 8
+    """Requests to a judge openai:MODEL that are under way at once."""
 
     # run
     seed: int = 0
@@ -456,14 +465,17 @@ def kept_judge(judge: Judge, identity: str, kept: Kept, asked: Counter) -> Judge
     return replace(judge, preference=preference, score=score if judge.score else None)
 
 
-def judge_identity(spec: str, kept: Kept) -> str:
-    """A fingerprint of a judge: its name, and where that names a folder or a file here, the content."""
+def judge_identity(spec: str, template: str, kept: Kept) -> str:
+    """A fingerprint of a judge: its name, and where that names a folder or a file here, the content; of one behind
+    an endpoint also the endpoint and what it is asked."""
     kind, _, rest = spec.partition(":")
     path = Path(rest) if kind in ("hf", "pairwise", "pairrm") else Path(spec.rpartition(":")[0])
     if rest and path.is_dir():
         return fingerprint(kind, content_of(path, kept))
     if ".py:" in spec and path.is_file():
         return fingerprint(spec.rpartition(":")[2], digest(path, kept))
+    if kind == "openai":
+        return fingerprint(spec, os.environ.get("OPENAI_BASE_URL", ""), repr(load_template(template)))
     return fingerprint(spec)
 
 
@@ -510,7 +522,8 @@ def main(args: Args) -> None:
     device = resolve_device(args.device)
     specs = args.judge or ("sentiment",)
     compared = len(contenders) > 1
-    judges = [load_judge(spec, device) for spec in specs] if compared else []
+    settings = JudgeSettings(args.judge_template, args.judge_max_requests, args.judge_concurrency)
+    judges = [load_judge(spec, device, settings=settings) for spec in specs] if compared else []
     for one in contenders:
         if one.answers is None:
             one.tokenizer = load_tokenizer(one.source)
@@ -539,7 +552,7 @@ def main(args: Args) -> None:
     verdicts: dict[str, torch.Tensor] = {}  # judge: (N, M, M)
     measured: dict[str, dict] = {}  # judge: {model: {name: value}}, of judges with a measure of their own
     for judge, spec in zip(judges, specs, strict=False):
-        careful = kept_judge(judge, judge_identity(spec, kept), kept, asked)
+        careful = kept_judge(judge, judge_identity(spec, args.judge_template, kept), kept, asked)
         matrices = judge_candidates(careful, [row.prompt for row in rows], groups)[1]
         verdicts[spec] = torch.stack(matrices)
         if judge.measure:
