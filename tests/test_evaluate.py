@@ -84,8 +84,8 @@ def counted(monkeypatch):
         counts["sampled"] += len(prompts)
         return sample(model, prompts, *rest, **more)
 
-    def counting_judge(*words):
-        judge = load(*words)
+    def counting_judge(*words, **settings):
+        judge = load(*words, **settings)
         for kind in ("preference", "score"):
             ask = getattr(judge, kind)
 
