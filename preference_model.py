@@ -58,6 +58,7 @@ from cleanalign.statistics import (
     log_loss,
     reliability,
 )
+from cleanalign.storage import write_text, writing
 from experiment import (
     Holds,
     RunArgs,
@@ -464,7 +465,9 @@ def measure(exp: StagedExperiment, judge: Judge, held_out: list[Answers]) -> dic
     p = predicted.tolist()
     write_predictions(exp, pairs, p, first.tolist())
     table = reliability(p, truth)
-    plot_reliability(table, exp.run.folder / "reliability.png", exp.run.folder.name)
+    picture = exp.run.folder / "reliability.png"
+    with writing(picture):
+        plot_reliability(table, picture, exp.run.folder.name)
 
     decided = [i for i, q in enumerate(truth) if q != 0.5]
     right = judged_right(p, truth)
@@ -527,16 +530,17 @@ def write_predictions(
 ) -> None:
     """predictions.jsonl: every held-out pair with what was preferred and what the judge answered (`first`:
     asked with a first), so that anybody can count again."""
-    with open(exp.run.folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for pair, prediction, one_order in zip(pairs, p, first, strict=True):
-            row = {
-                "id": pair.row_id,
-                "prompt": prompt_text(pair.asked),
-                "a": pair.replies[0],
-                "b": pair.replies[1],
-            }
-            row |= {"preference": pair.preferences[0], "prediction": prediction, "first": one_order}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for pair, prediction, one_order in zip(pairs, p, first, strict=True):
+        row = {
+            "id": pair.row_id,
+            "prompt": prompt_text(pair.asked),
+            "a": pair.replies[0],
+            "b": pair.replies[1],
+        }
+        row |= {"preference": pair.preferences[0], "prediction": prediction, "first": one_order}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(exp.run.folder / "predictions.jsonl", "".join(lines))
 
 
 def new_model(exp: StagedExperiment):
@@ -611,7 +615,7 @@ def main(args: Args) -> None:
     with exp.run.phase("evaluation"):
         summary = measure(exp, load_judge(spec, exp.device), held_out)
     summary = {"kind": args.kind, "judge": spec, "train_pairs": pairs, **summary}
-    (folder / "README.md").write_text(judge_card(exp.run.folder.name, args, summary))
+    write_text(folder / "README.md", judge_card(exp.run.folder.name, args, summary))
     exp.run.finish(summary, CURVES, report_text)
 
 

@@ -186,9 +186,8 @@ def uninterrupted(world: Path, name: str) -> tuple[dict, float]:
 def resume(world: Path, name: str, run_name: str) -> tuple[int | None, str]:
     """Go on with a run until its end, by the command that a job script would hold."""
     script, flags = RUNS[name]
-    child = launch(
-        world, script, [*COMMON, *flags, "--run-dir=runs", f"--run-name={run_name}", "--resume=auto"]
-    )
+    again = [f"--run-dir={world / 'runs'}", f"--run-name={run_name}", "--resume=auto"]
+    child = launch(world, script, [*COMMON, *flags, *again])
     return child.wait(), child.text()
 
 
@@ -212,7 +211,9 @@ def kills(world: Path, count: int) -> dict:
         name = list(RUNS)[i % len(RUNS)]
         script, flags = RUNS[name]
         run_name = f"{name}-killed-{i}"
-        child = launch(world, script, [*COMMON, *flags, "--run-dir=runs", f"--run-name={run_name}"])
+        child = launch(
+            world, script, [*COMMON, *flags, f"--run-dir={world / 'runs'}", f"--run-name={run_name}"]
+        )
         time.sleep(draw.uniform(0, whole[name][1]))
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
@@ -266,10 +267,7 @@ def writes(world: Path, count: int) -> dict:
             shim.faults_arm(under, at, getattr(errno, kind), once)
 
         child = launch(
-            world,
-            script,
-            [*COMMON, *flags, "--run-dir=" + str(world / "runs"), f"--run-name={run_name}"],
-            arm,
+            world, script, [*COMMON, *flags, f"--run-dir={world / 'runs'}", f"--run-name={run_name}"], arm
         )
         code, text = child.wait(), child.text()
         how = {0: "finished", 2: "ended with a message"}.get(code, f"exit code {code}")
@@ -312,7 +310,7 @@ def count_writes(world: Path, name: str, shim) -> int:
 
         os._exit = tell
 
-    flags = [*COMMON, *flags, "--run-dir=" + str(world / "runs"), f"--run-name={name}-counted"]
+    flags = [*COMMON, *flags, f"--run-dir={world / 'runs'}", f"--run-name={name}-counted"]
     launch(world, script, flags, arm).wait()
     return int(told.read_text())
 
@@ -339,7 +337,9 @@ def signals(world: Path, count: int) -> dict:
         run_name = f"{name}-stopped-{i}"
         flags = ["--save-every=0" if flag.startswith("--save-every") else flag for flag in flags]
         number = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-        child = launch(world, script, [*COMMON, *flags, "--run-dir=runs", f"--run-name={run_name}"])
+        child = launch(
+            world, script, [*COMMON, *flags, f"--run-dir={world / 'runs'}", f"--run-name={run_name}"]
+        )
         time.sleep(draw.uniform(0.2, 1.0) * whole[name][1])
         sent = time.perf_counter()
         try:
@@ -385,7 +385,7 @@ def starts(world: Path, count: int) -> dict:
     whole, _ = uninterrupted(world, "ipo")
     for i in tqdm(range(count), desc="starts"):
         run_name = f"twice-{i}"
-        command = [*COMMON, *flags, "--run-dir=runs", f"--run-name={run_name}"]
+        command = [*COMMON, *flags, f"--run-dir={world / 'runs'}", f"--run-name={run_name}"]
         if i % 2:  # a run that was killed, and is then resumed twice
             child = launch(world, script, command)
             log = world / "runs" / run_name / "metrics.jsonl"

@@ -8,13 +8,13 @@ sample, each with a 95 % bootstrap band over prompts. All rankers rank the same 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from cleanalign import distributed
 from cleanalign.statistics import best_of_n_score, best_of_n_win_rate, bootstrap
+from cleanalign.storage import write_json, writing
 
 BASELINES = ("length", "random", "judge (oracle)")
 
@@ -127,8 +127,9 @@ def write_report(report: dict, folder: Path) -> None:
     """best_of_n.json and best_of_n.png in `folder`, and the table on the terminal."""
     if distributed.rank() != 0:
         return
-    (folder / "best_of_n.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot_report(report, folder / "best_of_n.png")
+    write_json(folder / "best_of_n.json", report, indent=1)
+    with writing(folder / "best_of_n.png"):
+        plot_report(report, folder / "best_of_n.png")
     print("\n" + report_text(report) + "\n", flush=True)
 
 

@@ -41,6 +41,8 @@ def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -
                     args = dry_run.prepare(args) if args.dry_run else args
                     if args is not None:
                         main(args)
+                if Run.current:
+                    Run.current.close()  # here: a checkpoint in the background may yet find the disk full
         except UserError as error:
             end(error, f"error: {error}", 2)
         except Stopped as error:

@@ -3,7 +3,6 @@ weights (`--dry-run`)."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ import transformers
 
 from cleanalign import distributed, models, optimization, synthetic
 from cleanalign.errors import UserError, require
+from cleanalign.storage import write_json
 
 GIB = 2**30
 
@@ -326,5 +326,5 @@ def report_text(result: dict, folder: Path) -> str:
 
 def write(result: dict, folder: Path) -> None:
     """Write dry_run.json into the run folder and print it as text."""
-    (folder / "dry_run.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(folder / "dry_run.json", result, indent=2)
     print(report_text(result, folder))

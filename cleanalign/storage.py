@@ -25,7 +25,10 @@ def writing(path: Path):
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = (
+            error.__context__ if isinstance(error.__context__, OSError) else error
+        )  # torch hides the system's
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise UserError(
             f"{path}: could not be written: {reason}. {free_space(path)}Nothing that was whole is lost: mend "
             "that, then continue the run with --resume."
