@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ from cleanalign.checkpoint import Checkpoints, read
 from cleanalign.command_line import command_line
 from cleanalign.signals import STOPPED
 
+tqdm.set_lock(threading.RLock())  # not the one that processes share: a killed one would keep it
 PARTS = ("kills", "writes", "fuzz", "signals", "starts", "saving")
 COUNTS = {"kills": 100, "writes": 200, "fuzz": 1000, "signals": 20, "starts": 50, "saving": 1}
 
@@ -132,6 +134,7 @@ def launch(world: Path, script, flags: list[str], prepare=None) -> Child:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(world)
+        tqdm.set_lock(threading.RLock())
         sys.argv = [f"{script.__name__}.py", *flags]
         if prepare:
             prepare()
