@@ -183,6 +183,10 @@ class Experiment:
         """
         count = distributed.world()
         require(
+            count == 1 or self.device.type != "mps",
+            "several processes need CUDA or a CPU: give --device cpu.",
+        )
+        require(
             count == 1 or len(self.rows) >= count,
             f"{count} processes and {len(self.rows)} training prompts: some would never have any. Start "
             "fewer.",

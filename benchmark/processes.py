@@ -249,7 +249,8 @@ def record(name: str, value) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    results[name] = {"command": " ".join(sys.argv[1:]), "commit": commit, **value}
+    command = " ".join(["python benchmark/processes.py", *sys.argv[1:]])
+    results[name] = {"command": command, "commit": commit, **value}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ class _Place:
     """This process among all; and while there are several, what ends them together."""
 
     rank, world = 0, 1
+    processes: ClassVar[list[tuple[str, int]]] = []  # host and id of each
     store: dist.Store | None = None
     watcher: threading.Thread | None = None
     over = threading.Event()  # set once this process no longer minds the others
@@ -307,7 +309,6 @@ def join() -> None:
         ) from error
     _Place.rank, _Place.world, signals.together = place, size, True
     _Place.store = dist.PrefixStore("cleanalign", store.clone())  # a connection of its own: the thread's
-    _Place.store.set(f"process {place}", f"{socket.gethostname()} {os.getpid()}")
     _Place.over.clear()
     watching = dist.PrefixStore("cleanalign", store.clone())
     _Place.watcher = threading.Thread(target=_watch, args=(watching,), daemon=True)
@@ -315,7 +316,7 @@ def join() -> None:
     if place != 0:  # process 0 alone speaks
         sys.stdout = sys.stderr = _silence()
         transformers.logging.set_verbosity_error()
-    barrier()
+    _Place.processes = gather((socket.gethostname(), os.getpid()))
 
 
 @contextlib.contextmanager
@@ -455,12 +456,10 @@ AFTER_LOSS = (
 def _who_is_gone() -> str:
     """Names the processes of this machine that are no longer there."""
     gone = []
-    with contextlib.suppress(RuntimeError):
-        time.sleep(0.2)  # until the system has noted it
-        for other in range(world()):
-            host, pid = _Place.store.get(f"process {other}").decode().split()
-            if host == socket.gethostname() and not _runs(int(pid)):
-                gone.append(f"process {other} of {world()} (id {pid} on {host})")
+    time.sleep(0.2)  # until the system has noted it
+    for other, (host, pid) in enumerate(_Place.processes):
+        if host == socket.gethostname() and not _runs(pid):
+            gone.append(f"process {other} of {world()} (id {pid} on {host})")
     return f"{' and '.join(gone) or 'another process of this run'} is gone. {AFTER_LOSS}"
 
 

@@ -318,11 +318,12 @@ class Run(Phases):
 
 def kept(file: Path, make: Callable):
     """make()'s value, from now on kept in `file` as JSON: it is made once."""
-    text = distributed.from_first(file.read_text() if file.exists() else None)
+    first = distributed.rank() == 0
+    text = distributed.from_first(file.read_text() if first and file.exists() else None)
     if text is None:
         value = make()
         text = json.dumps(value)
-        if distributed.rank() == 0:
+        if first:
             write_json(file, value)
     return json.loads(text)
 
