@@ -210,7 +210,7 @@ def try_template(tokenizer, what: str, seconds: int = 30) -> None:
         return
     try:
         with time_limit(seconds):
-            tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
             )
     except TimeoutError:
@@ -220,6 +220,7 @@ def try_template(tokenizer, what: str, seconds: int = 30) -> None:
     except Exception as error:  # a template can raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{what}: its chat template fails: {first}") from error
+    require(len(text) < 10**6, f"{what}: its chat template makes {len(text):,} characters of one.")
 
 
 @contextlib.contextmanager

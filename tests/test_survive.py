@@ -135,6 +135,7 @@ def test_code_in_a_model_folder_does_not_run(world, flags, tmp_path, capsys):
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ cycler.__init__.__globals__.os.system('touch OWNED') }}",
         "{% include '/etc/passwd' %}",
+        "{{ messages[0]['content'] * 10 ** 8 }}",
     ],
 )
 def test_a_template_can_neither_hang_nor_touch(world, flags, tmp_path, monkeypatch, capsys, template):
