@@ -423,30 +423,29 @@ print("seconds of saving", sum(spent))
 
 
 def saving(world: Path, count: int) -> dict:
-    """Share of a default run's seconds that go into saving, before and now (its two threads, its default
-    model)."""
+    """Share of a default run's seconds that go into saving, before and now: side by side, one thread each."""
     del count
     checkout = world / "before"
     subprocess.run(["git", "worktree", "add", "--detach", checkout, BEFORE], cwd=record.ROOT, check=True)
     try:
-        command = [sys.executable, "-c", TIMED, f"--run-dir={world}", "--run-name=run-before"]
-        done = subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
+        flags = [f"--run-dir={world}", "--run-name=run-before"]
+        before = subprocess.Popen(
+            [sys.executable, "-c", TIMED, *flags],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        command = [sys.executable, "selm.py", f"--run-dir={world}", "--run-name=now"]
+        subprocess.run(command, cwd=record.ROOT, check=True)
+        told = before.communicate()[0]
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", checkout], cwd=record.ROOT, check=True)
-    result = {f"before ({BEFORE})": share(world / "run-before", float(done.stdout.split()[-1]))}
-    for mode in ("off", "on"):
-        name = f"saving-{mode}"
-        command = [
-            sys.executable,
-            "selm.py",
-            f"--save-async={mode}",
-            f"--run-dir={world}",
-            f"--run-name={name}",
-        ]
-        subprocess.run(command, cwd=record.ROOT, check=True)
-        summary = json.loads((world / name / "summary.json").read_text())
-        result[f"now, --save-async {mode}"] = share(world / name, summary["phase_seconds"]["saving"])
-    return result
+    summary = json.loads((world / "now" / "summary.json").read_text())
+    return {
+        f"before ({BEFORE})": share(world / "run-before", float(told.split()[-1])),
+        "now": share(world / "now", summary["phase_seconds"]["saving"]),
+    }
 
 
 def share(folder: Path, spent: float) -> dict:
