@@ -466,8 +466,8 @@ def kept_judge(judge: Judge, identity: str, kept: Kept, asked: Counter) -> Judge
 
 
 def judge_identity(spec: str, template: str, kept: Kept) -> str:
-    """A fingerprint of a judge: its name, and where that names a folder or a file here, the content; of one behind
-    an endpoint also the endpoint and what it is asked."""
+    """A fingerprint of a judge: its name, and where that names a folder or a file here, the content; of one
+    behind an endpoint also the endpoint and what it is asked."""
     kind, _, rest = spec.partition(":")
     path = Path(rest) if kind in ("hf", "pairwise", "pairrm") else Path(spec.rpartition(":")[0])
     if rest and path.is_dir():
