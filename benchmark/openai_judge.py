@@ -4,15 +4,13 @@
     python benchmark/openai_judge.py llama --python SERVER_ENV/bin/python
 
 SERVER_ENV is an environment with `transformers[serving]` (it gives no logprobs: p is the letter it writes) or
-`llama-cpp-python[server]` (with logprobs). Both serve SmolLM2-135M-Instruct on 127.0.0.1. IPO-MD trains a
-tiny random model by that judge, so that the server is what takes the time: 160 comparisons in training and 40 in
-the final evaluation, in both orders, by a question of its own (`--judge-template FILE`). The server is killed
-with SIGKILL when half of the answers are on disk, and started again for `--resume`. A third run, from the
-beginning and not interrupted, must find every answer on disk. benchmark/results/openai_judge.json has the
-figures of each server.
+`llama-cpp-python[server]` (with logprobs). Both serve SmolLM2-135M-Instruct on 127.0.0.1. IPO-MD trains
+SmolLM2 by that judge: 160 comparisons in training and 40 in the final evaluation, in both orders. The server
+is killed with SIGKILL when half of the answers are on disk, and started again for `--resume`. A third run,
+from the beginning and not interrupted, must find every answer on disk. benchmark/results/openai_judge.json
+has the figures of each server.
 
-A judge of 135M weights is no judge, and a random model's replies are words in a row: what is tested here is
-the way there and back.
+A judge of 135M weights is no judge; what is tested here is the way there and back.
 """
 
 from __future__ import annotations
@@ -36,24 +34,14 @@ from typing import Literal
 import record
 import tyro
 
-sys.path.insert(0, str(record.ROOT / "tests"))
-
-import tiny
-
 from cleanalign import embedded
 from cleanalign.openai_judge import preference_of, read
 from cleanalign.statistics import win_rate_interval
 
 RUN = (
     "--judge openai:smollm2-135m --eval-judge None --num-prompts 160 --epochs 1 --batch-size 16"
-    " --eval-prompts 40 --max-new-tokens 8 --save-every 1 --judge-concurrency 4 --device cpu --dtype float32"
-    " --micro-batch-tokens 4096"
+    " --eval-prompts 40 --max-new-tokens 24 --save-every 1 --judge-concurrency 4"
 )
-QUESTION = """Prompt: {prompt}
-Reply A: {a}
-Reply B: {b}
-Which reply is better, A or B? Answer with one letter.
-"""
 COMPARISONS = 200
 
 
@@ -94,9 +82,6 @@ class Bench:
         self.cache.mkdir()
         model = embedded.embedded_model_folder()
         (self.cache / embedded.EMBEDDED_MODEL).symlink_to(model.resolve())
-        tiny.folder(folder / "policy")
-        tiny.prompts_file(folder / "prompts.jsonl", rows=250)
-        (folder / "question.txt").write_text(QUESTION)
         self.gguf = args.gguf or (unpacked(folder) if args.server == "llama" else None)
         url = f"http://127.0.0.1:{args.port}/v1"
         own = {"CLEANALIGN_CACHE": str(self.cache), "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "none"}
@@ -115,7 +100,7 @@ class Bench:
             "--model_alias",
             "smollm2-135m",
         ]
-        words += ["--logits_all", "true", "--n_ctx", "256", "--n_threads", "1"]
+        words += ["--logits_all", "true", "--n_ctx", "768", "--n_threads", "1"]
         if self.args.server == "transformers":
             words = [self.args.python, self.args.python.parent / "transformers", "serve", "smollm2-135m"]
         words += ["--host", "127.0.0.1", "--port", str(self.args.port)]
@@ -125,7 +110,7 @@ class Bench:
             self.server = subprocess.Popen(
                 [str(word) for word in words], cwd=self.cache, env=environment, stdout=log, stderr=log
             )
-        deadline = time.time() + 300
+        deadline = time.time() + 900
         while True:
             with closing(socket.socket()) as probe:
                 if probe.connect_ex(("127.0.0.1", self.args.port)) == 0:
@@ -157,14 +142,7 @@ class Bench:
         )
 
     def new_run(self, name: str) -> subprocess.Popen:
-        own = {
-            "model": "policy",
-            "dataset": "prompts.jsonl",
-            "judge-template": "question.txt",
-            "run-dir": "runs",
-        }
-        paths = [f"--{flag}={self.folder / value}" for flag, value in own.items()]
-        return self.run(*RUN.split(), *paths, f"--run-name={name}")
+        return self.run(*RUN.split(), f"--run-dir={self.folder / 'runs'}", f"--run-name={name}")
 
     def summary(self, name: str) -> dict:
         return json.loads((self.folder / "runs" / name / "summary.json").read_text())
