@@ -63,8 +63,8 @@ def watch(exp: Experiment, gold: Judge, every: int) -> None:
     """Have `exp` measured when it begins, and whenever it logs a step that `every` divides."""
     begin = exp.begin
 
-    def begin_watched(steps: int) -> None:
-        begin(steps)
+    def begin_watched(*how) -> None:
+        begin(*how)
         start = load_model(exp.args.model, exp.dtype, exp.device, exp.attention)
         beside = answers(exp, start)
         log = exp.run.log
@@ -83,7 +83,7 @@ def watch(exp: Experiment, gold: Judge, every: int) -> None:
 def answers(exp: Experiment, model, draw: int = 0) -> list[list[list[int]]]:
     """One reply of `model` to each watched prompt."""
     seed = common.derive_seed("watched", draw)
-    return common.sample(model, exp.eval_prompts[:PROMPTS], exp.ends, seed=seed, **sampling_settings(exp))
+    return common.sample(model, exp.eval_prompts[:PROMPTS], exp.ends, seed=seed, **sampling_settings(exp.args))
 
 
 @torch.no_grad()
