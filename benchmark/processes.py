@@ -30,9 +30,11 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmark/results/processes.json"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import record
+from record import ROOT
+
+RESULTS = record.RESULTS / "processes.json"
+sys.path.insert(0, str(ROOT / "tests"))
 
 # Whole runs in the tiny world of the tests: name: (script, data, judge, flags).
 LEARN = ["--learning-rate=0.0003"]
@@ -243,15 +245,11 @@ def difference(a: Path, b: Path) -> dict:
     return {"steps": len(rows_a), "apart": greatest, "where": where, "same_samples": same}
 
 
-def record(name: str, value) -> None:
+def write(part: str, value: dict) -> None:
     """Write one part of the results."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    command = " ".join(["python benchmark/processes.py", *sys.argv[1:]])
-    results[name] = {"command": command, "commit": commit, **value}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results[part] = {**record.origin(), **value}
+    record.write(RESULTS, results)
 
 
 # --- matrix ---------------------------------------------------------------------------------------
@@ -283,7 +281,7 @@ def matrix(names: list[str]) -> None:
     print(
         f"greatest difference {worst:.1e}, samples the same: {all(f['same_samples'] for f in table.values())}"
     )
-    record("matrix", {"greatest_difference": worst, "runs": table})
+    write("matrix", {"greatest_difference": worst, "runs": table})
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -349,7 +347,7 @@ def kills(count: int) -> None:
     worst = max(found[f"resumed with {many}"]["apart"] for found in table for many in (1, 3))
     slowest = max(found["seconds_until_all_ended"] for found in table)
     print(f"{count} kills: greatest difference after resuming {worst:.1e}; all ended within {slowest} s")
-    record("kills", {"greatest_difference": worst, "slowest_end_seconds": slowest, "kills": table})
+    write("kills", {"greatest_difference": worst, "slowest_end_seconds": slowest, "kills": table})
 
 
 # --- memory and bytes -------------------------------------------------------------------------------
@@ -455,7 +453,7 @@ def memory() -> None:
             kept["fallen_by_formula"] = each * row["weights"] - kept["formula"]
             table[f"{states} states, {row['processes']} processes"] = kept
             print(states, kept, flush=True)
-    record("memory", {"dtype": "bfloat16", "runs": table})
+    write("memory", {"dtype": "bfloat16", "runs": table})
 
 
 def count_bytes() -> None:
@@ -464,7 +462,7 @@ def count_bytes() -> None:
     rows = [measure(nursery, "bytes", "float32", count) for count in (2, 3)]
     for row in rows:
         print(row)
-    record("bytes", {"runs": rows})
+    write("bytes", {"runs": rows})
 
 
 # --- the default run, and one process as before --------------------------------------------------------
@@ -491,7 +489,7 @@ def default() -> None:
             table[name] = {"wall_seconds": round(seconds, 1), **{key: summary[key] for key in keys}}
             table[name]["bytes_sent"] = summary.get("bytes_sent_by_first_process")
             print(name, table[name], flush=True)
-    record("default", {"runs": table})
+    write("default", {"runs": table})
 
 
 @contextlib.contextmanager
@@ -521,7 +519,7 @@ def unchanged(commit: str) -> None:
             same[f"{name}, {weights}"] = unlike(here / "runs-before" / run, here / "runs" / run)
             print(name, weights, same[f"{name}, {weights}"] or "the same", flush=True)
     nursery.close()
-    record("unchanged", {"against": commit, "not_the_same": same})
+    write("unchanged", {"against": commit, "not_the_same": same})
 
 
 def speed(commit: str) -> None:
@@ -537,7 +535,7 @@ def speed(commit: str) -> None:
                 seconds[when].append(summary["seconds"])
     ratio = min(seconds["before"]) / min(seconds["now"])
     print(f"speed now over before: {ratio:.3f} {seconds}")
-    record("speed", {"against": commit, "seconds": seconds, "ratio_of_the_least": ratio})
+    write("speed", {"against": commit, "seconds": seconds, "ratio_of_the_least": ratio})
 
 
 def unlike(a: Path, b: Path) -> list[str]:

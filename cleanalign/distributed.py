@@ -43,7 +43,7 @@ from cleanalign.signals import signals
 WAIT_FOR_START = timedelta(minutes=10)  # for the last process to join
 WAIT_FOR_OTHERS = timedelta(hours=2)  # in one call: the longest that one may compute alone
 BEAT = 5.0  # seconds between two signs of life
-SILENCE = 45.0  # seconds without one after which a process counts as dead
+SILENCE = 45.0  # seconds without one after which a process of another machine counts as dead
 
 sent: Counter = Counter()  # bytes that this process sent to others, by purpose
 
@@ -310,13 +310,13 @@ def join() -> None:
     _Place.rank, _Place.world, signals.together = place, size, True
     _Place.store = dist.PrefixStore("cleanalign", store.clone())  # a connection of its own: the thread's
     _Place.over.clear()
-    watching = dist.PrefixStore("cleanalign", store.clone())
-    _Place.watcher = threading.Thread(target=_watch, args=(watching,), daemon=True)
-    _Place.watcher.start()
     if place != 0:  # process 0 alone speaks
         sys.stdout = sys.stderr = _silence()
         transformers.logging.set_verbosity_error()
-    _Place.processes = gather((socket.gethostname(), os.getpid()))
+    _Place.processes = gather((_host(), os.getpid()))
+    watching = dist.PrefixStore("cleanalign", store.clone())
+    _Place.watcher = threading.Thread(target=_watch, args=(watching,), daemon=True)
+    _Place.watcher.start()
 
 
 @contextlib.contextmanager
@@ -408,28 +408,31 @@ def _on() -> str:
 
 
 def _watch(store: dist.Store) -> None:
-    """The thread that ends this process once another has failed, or its neighbour is silent: what a process
-    waits for in a call of NCCL or gloo, it may wait for in vain."""
-    neighbour = (rank() + 1) % world()
-    key, sign = f"alive {neighbour}", None
-    heard, due = time.monotonic(), 0.0
+    """The thread that ends this process once another has failed or its neighbour is gone: what a process
+    waits for in a call of NCCL or gloo, it may wait for in vain.
+
+    Whether a neighbour on the same machine is there, the system knows. On another machine it counts as dead
+    after `SILENCE` seconds without a sign of life, by the count of this thread's own looks: a machine that
+    stands still, or is overloaded, does not take the others for dead.
+    """
+    neighbour, silent, sign, due = (rank() + 1) % world(), 0, None, 0.0
+    host, pid = _Place.processes[neighbour]
     while not _Place.over.wait(0.5):
         try:
             if store.check(["code"]):
                 _end(store, int(store.get("code")))
-            now = time.monotonic()
-            if now < due:
+            if time.monotonic() < due:
                 continue
-            due = now + BEAT
-            store.set(f"alive {rank()}", str(now))
+            due = time.monotonic() + BEAT
+            store.set(f"alive {rank()}", str(due))
+            key = f"alive {neighbour}"
             last = store.get(key) if store.check([key]) else None
-            if last != sign:
-                sign, heard = last, now
-            if now - heard > SILENCE:
-                _end(store, 1, f"process {neighbour} of {world()} has been silent for {SILENCE:.0f} s.")
+            silent, sign = (silent + 1 if last == sign else 0), last
+            if not _runs(pid) if host == _host() else silent > SILENCE / BEAT:
+                _end(store, 1, _who_is_gone(f"process {neighbour} of {world()} (on {host})"))
         except RuntimeError:
             if not _Place.over.wait(2.0):  # not at this process's own end
-                _end(None, 1, "the machine that kept the processes together is gone.")
+                _end(None, 1, _who_is_gone("the machine that kept the processes together"))
 
 
 def _end(store: dist.Store | None, code: int, reason: str | None = None) -> None:
@@ -442,7 +445,7 @@ def _end(store: dist.Store | None, code: int, reason: str | None = None) -> None
             speaks = store.add("failures", 1) == 1
             store.set("code", str(code))
     if speaks:
-        print(f"error: {reason} {AFTER_LOSS}", file=sys.__stderr__, flush=True)
+        print(f"error: {reason}", file=sys.__stderr__, flush=True)
     if store is not None:
         _part(store)
     os._exit(code)
@@ -453,14 +456,21 @@ AFTER_LOSS = (
 )
 
 
-def _who_is_gone() -> str:
+def _host() -> str:
+    """This machine, or the part of it in which process ids mean what they mean here."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}, {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def _who_is_gone(otherwise: str = "another process of this run") -> str:
     """Names the processes of this machine that are no longer there."""
     gone = []
     time.sleep(0.2)  # until the system has noted it
     for other, (host, pid) in enumerate(_Place.processes):
-        if host == socket.gethostname() and not _runs(pid):
-            gone.append(f"process {other} of {world()} (id {pid} on {host})")
-    return f"{' and '.join(gone) or 'another process of this run'} is gone. {AFTER_LOSS}"
+        if host == _host() and not _runs(pid):
+            gone.append(f"process {other} of {world()} (id {pid} on {socket.gethostname()})")
+    return f"{' and '.join(gone) or otherwise} is gone. {AFTER_LOSS}"
 
 
 def _runs(pid: int) -> bool:
