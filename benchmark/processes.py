@@ -303,6 +303,7 @@ def killed(nursery: Nursery, here: Path, name: str, after: float, victim: int) -
         os.kill(pids[victim], signal.SIGKILL)
     code = nursery.wait(pids, 120)[1 - victim]
     seconds = round(time.monotonic() - began, 2)
+    over = over or (here / "runs" / name / "summary.json").exists()  # at its very end: nothing to resume
     last = (here / "output" / name / f"err-{1 - victim}").read_text().splitlines()
     last = [line for line in last if line.startswith("error: ")] or [""]
     found = {
