@@ -220,6 +220,12 @@ class Args(RunArgs):
         completions = 1 if self.objective == "forward-kl" else self.samples_per_prompt
         return Holds(completions=completions, models=2 + len(self.pairs))
 
+    def for_all_weights(self) -> Args:
+        """A recipe of an adapter with --lora-rank 0: learning rates for all weights (docs/selm.md)."""
+        return replace(
+            self, lora_rank=0, learning_rate=1e-5, policy_learning_rate=5e-7, reward_learning_rate=2e-6
+        )
+
 
 HH = Args(  # the paper's task: Anthropic's HH-RLHF
     model="gemma-2b",
@@ -238,7 +244,7 @@ HH = Args(  # the paper's task: Anthropic's HH-RLHF
     reward="reward-model",
     reward_prompts=8192,
     samples_per_prompt=8,
-    policy_learning_rate=1e-5,
+    policy_learning_rate=5e-5,
     reward_learning_rate=2e-5,
     max_n=50,
     lora_rank=32,
@@ -466,7 +472,7 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
         metrics = {}
         if exp.judge.score is not None:  # to look at; nothing learns from it
             asked = [train.rows[i].prompt for i in chosen for _ in range(args.samples_per_prompt)]
-            texts = [text for group in exp.texts(own) for text in group]
+            texts = [text for group in exp.texts(own, exp.judge) for text in group]
             metrics["score"] = exp.judge.score(asked, texts).mean().item()
         with run.phase("training"), sealed(exp.judge):
             # Discriminator: maximise E_D[log D] + E_π[log(1 − D)], some of the negatives from earlier
@@ -687,7 +693,7 @@ def reward_pairs(
     pairs = []  # (prompt's index, positive, negative)
     if kind == "preference":  # the judge's own verdict on π_SFT's samples: an oracle
         asked = [row.prompt for row in split.rows]
-        for i, matrix in enumerate(preference_matrix(exp.judge, asked, exp.texts(own))):
+        for i, matrix in enumerate(preference_matrix(exp.judge, asked, exp.texts(own, exp.judge))):
             wins = matrix.sum(1)  # (M,)
             if wins.max() > wins.min():
                 pairs.append((i, own[i][int(wins.argmax())], own[i][int(wins.argmin())]))
@@ -733,7 +739,8 @@ def compare_rewards(
             del score
     golden, lengths = {}, {}
     for split, replies in samples.by_split.items():
-        golden[split] = golden_of(exp.judge, [row.prompt for row in splits[split].rows], exp.texts(replies))
+        asked = [row.prompt for row in splits[split].rows]
+        golden[split] = golden_of(exp.judge, asked, exp.texts(replies, exp.judge))
         lengths[split] = torch.tensor([[float(len(y)) for y in group] for group in replies])
     report = compare_rankers(rankers, golden, lengths, exp.judge.name)
     # Preferences are more than demonstrations: of the rewards learned without them, the one the development

@@ -456,11 +456,14 @@ def kept_judge(judge: Judge, identity: str, kept: Kept, asked: Counter) -> Judge
             asked[judge.name] += len(part)
         return torch.tensor([known[key] for key in keys])
 
+    def closed(replies: list[str]) -> list[str]:  # an answer in a file does not say whether it was cut
+        return [reply + judge.end for reply in replies]
+
     def preference(prompts, a, b):
-        return through("preference", judge.preference, (prompts, a, b))
+        return through("preference", judge.preference, (prompts, closed(a), closed(b)))
 
     def score(prompts, replies):
-        return through("score", judge.score, (prompts, replies))
+        return through("score", judge.score, (prompts, closed(replies)))
 
     return replace(judge, preference=preference, score=score if judge.score else None)
 

@@ -216,9 +216,15 @@ class Experiment:
         self.run.add_tokens("sampling", stats["tokens"])
         return replies, stats
 
-    def texts(self, replies: list[list[list[int]]]) -> list[list[str]]:
-        """[prompt][completion] token ids as text."""
-        return [[common.decode(self.tokenizer, reply) for reply in group] for group in replies]
+    def texts(self, replies: list[list[list[int]]], judge: Judge | None = None) -> list[list[str]]:
+        """[prompt][completion] token ids as text; with a judge as it reads them, perhaps with an end token
+        behind those that are finished."""
+
+        def text(reply: list[int]) -> str:
+            closed = judge is not None and bool(reply) and reply[-1] in self.ends
+            return common.decode(self.tokenizer, reply) + (judge.end if closed else "")
+
+        return [[text(reply) for reply in group] for group in replies]
 
     def finish(self, curves: tuple[str, ...], more: dict | None = None) -> None:
         """Save the policy; then compare it with the starting model on held-out prompts; write summary (with
@@ -606,7 +612,7 @@ def evaluate(exp: Experiment) -> dict:
     """
     args, judge, eval_judge = exp.args, exp.judge, exp.eval_judge
     temperature, asked = args.temperature or 1.0, [row.prompt for row in exp.eval_rows]
-    replies, texts, sums = {}, {}, {}
+    replies, sums = {}, {}
     # One model after the other, the policy first: then it can go.
     for name in ("policy", "start"):
         model = exp.policy if name == "policy" else starting(exp)
@@ -614,16 +620,20 @@ def evaluate(exp: Experiment) -> dict:
         settings = sampling_settings(args)
         drawn = common.sample(model, exp.eval_prompts, exp.ends, seed=seed, progress=progress, **settings)
         replies[name] = drawn
-        texts[name] = [group[0] for group in exp.texts(drawn)]
         sums[name] = common.sequence_logprobs(
             model, exp.eval_prompts, replies["policy"], temperature, exp.device, args.micro_batch_tokens
         )
         exp.policy = model = None
 
-    p = both_orders(judge, asked, texts["policy"], texts["start"]).tolist()
+    def read(name: str, by: Judge | None = None) -> list[str]:
+        return [group[0] for group in exp.texts(replies[name], by)]
+
+    p = both_orders(judge, asked, read("policy", judge), read("start", judge)).tolist()
     p_eval = None
     if eval_judge:
-        p_eval = both_orders(eval_judge, asked, texts["policy"], texts["start"]).tolist()
+        shown = read("policy", eval_judge), read("start", eval_judge)
+        p_eval = both_orders(eval_judge, asked, *shown).tolist()
+    texts = {name: read(name) for name in replies}
     write_samples(exp, texts, p, p_eval)
     log_ratios = [a[0] - b[0] for a, b in zip(sums["policy"], sums["start"], strict=True)]
 
@@ -632,7 +642,7 @@ def evaluate(exp: Experiment) -> dict:
     for when, name in (("before", "start"), ("after", "policy")):
         measured[f"score_{when}"] = None
         if judge.score:
-            measured[f"score_{when}"] = sum(judge.score(asked, texts[name]).tolist()) / len(asked)
+            measured[f"score_{when}"] = sum(judge.score(asked, read(name, judge)).tolist()) / len(asked)
         measured[f"length_{when}"] = sum(len(group[0]) for group in replies[name]) / len(asked)
         measured[f"distinct_2_{when}"] = distinct_n(texts[name], 2)
         if judge.measure:

@@ -23,7 +23,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +51,9 @@ class Judge:
     preference(prompts, a, b) -> (B,) float32 tensor of p(a ≻ b); score(prompts, replies) -> (B,) float32, or
     None. Where there is a score, p(a ≻ b) = σ(scale · (score(a) − score(b))). measure(replies) gives metrics
     of its own, to be logged. `symmetric` judges give p(a ≻ b) + p(b ≻ a) = 1 by construction, so asking in
-    the other order would tell nothing. `account` of a judge that costs money foresees and counts it.
+    the other order would tell nothing. `account` of a judge that costs money foresees and counts it. `end` is
+    what a judge reads behind a reply that its writer finished (`Experiment.texts` puts it there): without it
+    a reply cut at its greatest length would look finished.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Judge:
     measure: Callable[[list[str]], dict[str, float]] | None = None
     symmetric: bool = False
     account: OpenAIJudge | None = None
+    end: str = ""
 
 
 def load_judge(
@@ -136,7 +139,8 @@ def _make_judge(spec: str, device: torch.device | str, flag: str, settings: Judg
             spec, lambda prompts, replies: torch.tensor([synthetic.coin(reply) for reply in replies])
         )
     if spec.startswith("hf:"):
-        return scalar_judge(spec, reward_model(spec[3:], device, flag))
+        name = spec[3:]
+        return replace(scalar_judge(spec, reward_model(name, device, flag)), end=end_read_by(name))
     if spec == "pairrm" or spec.startswith("pairrm:"):
         return Judge(
             spec,
@@ -242,6 +246,25 @@ def reward_text(tokenizer, prompt: Prompt, reply: str) -> tuple[str, ...]:
     return (f"{prompt.rstrip()} {reply}" if isinstance(prompt, str) else write_dialogue(whole),)
 
 
+READ_AT_THE_END = {  # reward models that were trained on "prompt reply<end>", by the last part of their name
+    "EleutherAI_pythia-1b-deduped__reward__tldr": "<|endoftext|>"  # its script: arXiv 2403.17031
+}
+
+
+def end_read_by(name: str) -> str:
+    """The end token that a reward model (hub id or folder) waits for behind a finished reply, or ""."""
+    return READ_AT_THE_END.get(Path(name).name, "")
+
+
+def pad_beside(tokenizer, end: str) -> None:
+    """Pad with another token than `end`: a classifier reads its reward at the last token that is not
+    padding."""
+    if tokenizer.pad_token == end:
+        others = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content != end]
+        require(bool(others), f"its tokenizer has no token to pad with beside {end}.")
+        tokenizer.pad_token = others[0]
+
+
 def reward_limit(tokenizer, config) -> int:
     """Tokens that a reward model reads of a text; of a longer one it reads the end."""
     return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2048), 4096)
@@ -274,6 +297,8 @@ def reward_model(name: str, device, flag: str = "--judge", batch_size: int = 16)
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if end_read_by(name):
+        pad_beside(tokenizer, end_read_by(name))
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = reward_limit(tokenizer, model.config)
     if isinstance(getattr(model, "score", None), torch.nn.Linear):

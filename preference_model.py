@@ -178,6 +178,10 @@ class Args(RunArgs):
         orders, of two replies each."""
         return Holds(reference=False, completions=self.samples_per_prompt if self.kind == "reward" else 4)
 
+    def for_all_weights(self) -> Args:
+        """A recipe of an adapter with --lora-rank 0: a learning rate for all weights (docs/selm.md)."""
+        return replace(self, lora_rank=0, learning_rate=2e-6)
+
 
 HUB = Args(
     model="llama3-8b",
@@ -390,9 +394,10 @@ def judged_answers(exp: StagedExperiment, name: str, split: tuple, completions: 
     args, (rows, prompts) = exp.args, split
     done = (exp.run.folder / "replies" / f"{name}.json").exists()
     model = None if done else exp.load(args.model)
-    texts = exp.texts(exp.kept_samples(name, model, prompts, completions))
+    replies = exp.kept_samples(name, model, prompts, completions)
+    texts, read = exp.texts(replies), exp.texts(replies, exp.judge)
     with exp.run.phase("judging"):
-        matrices = preference_matrix(exp.judge, [row.prompt for row in rows], texts)  # (K, K) each
+        matrices = preference_matrix(exp.judge, [row.prompt for row in rows], read)  # (K, K) each
     result = []
     for row, group, matrix in zip(rows, texts, matrices, strict=True):
         preferences = [target(p, args) for p in matrix[pairs_of(completions)].tolist()]

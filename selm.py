@@ -11,11 +11,16 @@ Departures from the paper:
  3. Where y_s is a member of its pair, its log-probs are reused: no forward pass of its own.
  4. With prompts only (no data set responses) the K samples are the candidates, and y_s is one of them,
     uniformly and whatever its rank; for K = 2 it is both, averaged.
- 5. On one GPU the 7-8B recipes train a LoRA adapter; --lora-rank 0 gives the paper's training of all weights.
+ 5. On one GPU the 7-8B recipes train a LoRA adapter, at 100 times the paper's learning rates: at one rate its
+    first Adam step lowers the loss about 100 times less (docs/selm.md). --lora-rank 0 gives the paper's
+    training of all weights, at the paper's rates.
  6. Sampled replies (--temperature above 0) get log-probs of logits divided by the temperature; the paper's
     greedy ones and the data set's responses get them at 1.
  7. The smollm2-135m recipe is ours, chosen for two CPU cores.
  8. Any judge's candidates are ranked by mean preference; the paper's code ranks by PairRM's mean logit.
+ 9. Prompts longer than --max-prompt-length are dropped, and own replies may have --max-new-tokens; the
+    paper's code holds prompt and reply together within 1,024 tokens, and where they are longer keeps the
+    last 512 of the prompt and the first 512 of the reply.
 
 Examples:
     python selm.py                      # SmolLM2-135M learns to answer cheerfully; minutes on a laptop
@@ -138,6 +143,10 @@ class Args(RunArgs):
         fixed. A row of training holds chosen, rejected and perhaps y_s."""
         return Holds(reference=self.exploration == "xpo", completions=3)
 
+    def for_all_weights(self) -> Args:
+        """A recipe of the paper with --lora-rank 0: the paper's learning rates."""
+        return replace(self, lora_rank=0, learning_rate=PAPER_RATES[self.model])
+
 
 PAPER = Args(  # what the three recipes of the paper's code share
     dataset="ultrafeedback",
@@ -162,16 +171,21 @@ PAPER = Args(  # what the three recipes of the paper's code share
 )
 RECIPES = {
     "smollm2-135m": Args(),
-    "llama3-8b": replace(PAPER, model="llama3-8b", alpha=1e-4, learning_rate=(5e-7, 3e-7, 1e-7)),
+    "llama3-8b": replace(PAPER, model="llama3-8b", alpha=1e-4, learning_rate=(5e-5, 3e-5, 1e-5)),
     "zephyr-7b": replace(
         PAPER,
         model="zephyr-7b",
         alpha=1e-3,
-        learning_rate=(5e-7, 5e-7, 1e-7),
+        learning_rate=(5e-5, 5e-5, 1e-5),
         batch_size=256,
         offline_warmup=True,
     ),
-    "phi3-mini": replace(PAPER, model="phi3-mini", alpha=1e-3, learning_rate=(5e-7, 3e-7, 1e-7)),
+    "phi3-mini": replace(PAPER, model="phi3-mini", alpha=1e-3, learning_rate=(5e-5, 3e-5, 1e-5)),
+}
+PAPER_RATES = {  # of all weights, an iteration each; an adapter's above are 100 times these: docs/selm.md
+    "llama3-8b": (5e-7, 3e-7, 1e-7),
+    "zephyr-7b": (5e-7, 5e-7, 1e-7),
+    "phi3-mini": (5e-7, 3e-7, 1e-7),
 }
 CURVES = (
     "score",
@@ -314,7 +328,7 @@ def collect(exp: Experiment, this: Round) -> tuple[list[Pair], int]:
     else:
         with exp.run.phase("judging"):
             asked = [row.prompt for row in rows]
-            scores, matrices = judge_candidates(exp.judge, asked, exp.texts(candidates))
+            scores, matrices = judge_candidates(exp.judge, asked, exp.texts(candidates, exp.judge))
             order = [rank(matrix) for matrix in matrices]
 
     pairs, rng = [], random.Random(seed)

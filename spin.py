@@ -140,6 +140,10 @@ class Args(RunArgs):
         holds two replies."""
         return Holds(reference=False, completions=2, models=self.iterations + 2)
 
+    def for_all_weights(self) -> Args:
+        """A recipe of an adapter with --lora-rank 0: learning rates for all weights, the paper's of SPIN."""
+        return replace(self, lora_rank=0, learning_rate=1e-5, policy_learning_rate=5e-7)
+
 
 HH = Args(  # the task of afd.py's recipes: Anthropic's HH-RLHF
     model="gemma-2b",
@@ -153,7 +157,7 @@ HH = Args(  # the task of afd.py's recipes: Anthropic's HH-RLHF
     judge="hf:Ray2333/gpt2-large-harmless-reward_model",
     eval_judge=None,
     eval_prompts=256,
-    policy_learning_rate=1e-5,
+    policy_learning_rate=5e-5,
     lora_rank=32,
     learning_rate=5e-5,
     micro_batch_tokens=16_384,

@@ -98,20 +98,24 @@ def parse(recipes: dict, argv: list[str]):
     if resume is not None:
         default = saved_args(type(default), Path(resume))
     elif model is not None:
-        default = recipe_of(recipes, model, dry="--dry-run" in argv)
+        all_weights = flag_value(argv, "--lora-rank") == "0"
+        default = recipe_of(recipes, model, all_weights, dry="--dry-run" in argv)
     args = tyro.cli(type(default), default=default, args=argv)
     if resume is not None:
         require_same(args, default)
     return args
 
 
-def recipe_of(recipes: dict, model: str, dry: bool):
-    """The recipe that a `--model` value names, or the first one's values with that model."""
+def recipe_of(recipes: dict, model: str, all_weights: bool, dry: bool):
+    """The recipe that a `--model` value names, as it is without its adapter if `all_weights`; or the first
+    one's values with that model."""
     by_hub_id = {hub_id: name for name, hub_id in HUB_MODELS.items()}
     recipe = recipes.get(model) or recipes.get(by_hub_id.get(model)) or next(iter(recipes.values()))
     looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     known = model in recipes or Path(model).is_dir() or looks_like_id or (dry and model in synthetic.CONFIGS)
     require(known, f"--model {model}: no such recipe or folder. {near(model, recipes)}")
+    if all_weights and recipe.lora_rank > 0:
+        recipe = recipe.for_all_weights()
     return dataclasses.replace(recipe, model=model)
 
 

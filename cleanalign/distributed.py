@@ -325,6 +325,7 @@ def ending_together():
     fails, and then with its exit code. Whose failure is not the user's mistake shows its traceback."""
     try:
         yield
+        leave()  # here too somebody may be missing
     except Exception as error:
         if world() == 1:
             raise

@@ -8,18 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import afd
 import experiment
 import ipo_md
 import nash_md
+import preference_model
 import selm
 import spin
 from cleanalign import command_line
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"selm": selm, "ipo_md": ipo_md, "nash_md": nash_md, "afd": afd, "spin": spin}
+SCRIPTS["preference_model"] = preference_model
 
 
 def docstrings(file: str, name: str) -> dict[str, str]:
@@ -77,8 +80,24 @@ def test_help_shows_what_inherited_flags_mean(name, capsys):
 
 def test_flags_given_by_hand_win_over_the_recipe():
     args = command_line.parse(selm.RECIPES, ["--model", "llama3-8b", "--beta", "0.5"])
-    assert (args.beta, args.alpha, args.learning_rate) == (0.5, 1e-4, (5e-7, 3e-7, 1e-7))
+    assert (args.beta, args.alpha, args.learning_rate) == (0.5, 1e-4, (5e-5, 3e-5, 1e-5))
     assert command_line.parse(selm.RECIPES, ["--model=meta-llama/Meta-Llama-3-8B-Instruct"]).alpha == 1e-4
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_all_weights_are_trained_at_lower_rates_than_an_adapter(name):
+    recipes = SCRIPTS[name].RECIPES
+    for model, recipe in recipes.items():
+        argv = ["--model", model, "--lora-rank", "0"]
+        args = command_line.parse(recipes, argv)
+        rates = [field for field in dataclasses.asdict(recipe) if field.endswith("learning_rate")]
+        for rate in rates:
+            adapter, whole = np.min(getattr(recipe, rate)), np.min(getattr(args, rate))
+            assert whole < adapter / 4 if recipe.lora_rank else whole == adapter, (model, rate)
+        by_hand = command_line.parse(recipes, [*argv, f"--{rates[0].replace('_', '-')}", "1e-3"])
+        assert np.max(getattr(by_hand, rates[0])) == 1e-3
+    if name == "selm":  # the paper's
+        assert args.learning_rate == (5e-7, 3e-7, 1e-7)
 
 
 def commands(text: str) -> list[str]:
@@ -88,7 +107,7 @@ def commands(text: str) -> list[str]:
     return [
         line.split("#")[0].strip()
         for line in lines
-        if re.search(r"\bpython (selm|ipo_md|nash_md|afd|spin)\.py", line)
+        if re.search(r"\bpython (selm|ipo_md|nash_md|afd|spin|preference_model)\.py", line)
     ]
 
 

@@ -1,11 +1,14 @@
 """Judges: lexicons, a reward model with its own tokenizer, your own function, and how each goes wrong."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 import transformers
 
 from cleanalign.errors import UserError
+from experiment import Experiment
 from judges import both_orders, load_judge, pairwise_model, pairwise_question, preference_matrix
 
 UP, DOWN = "I love this, what a wonderful day!", "This is horrible and I hate it."
@@ -63,6 +66,36 @@ def test_reward_model_through_its_own_tokenizer(reward_folder):
     assert judge.score(prompts, replies).tolist() == pytest.approx(expected, abs=1e-5)
     p = judge.preference(prompts[:1], ["fine"], ["dog"])
     assert p.item() == pytest.approx(1 - judge.preference(prompts[:1], ["dog"], ["fine"]).item())
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<|endoftext|>"])
+def test_a_reward_read_at_the_end_token(pad, tmp_path):
+    """TL;DR's reward model waits for <|endoftext|>: a finished summary has it and a cut one has not, also
+    where the tokenizer pads with that very token."""
+    words = tiny.tokenizer(chat=False)
+    words.add_special_tokens({"eos_token": "<|endoftext|>"})
+    words.pad_token = pad
+    path = tmp_path / "EleutherAI_pythia-1b-deduped__reward__tldr"
+    words.save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "num_labels": 1}
+    config = transformers.GPT2Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **sizes)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(path)
+
+    judge = load_judge(f"hf:{path}")
+    ends = words.eos_token_id
+    fine, dog = (words.convert_tokens_to_ids(word) for word in ("fine", "dog"))
+    run = SimpleNamespace(tokenizer=words, ends=[ends])
+    finished, cut = Experiment.texts(run, [[[fine, ends], [fine, dog]]], judge)[0]
+    assert (finished, cut) == ("fine<|endoftext|>", "fine dog")
+    assert Experiment.texts(run, [[[fine, ends]]]) == [["fine"]]
+    with torch.no_grad():
+        rows = words("cat fine").input_ids + [ends], words("cat fine dog sun").input_ids
+        hidden = [model.transformer(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        expected = [model.score(state).item() for state in hidden]
+    longer = cut + " sun"
+    assert judge.score(["cat", "cat"], [finished, longer]).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_long_replies_keep_their_end(reward_folder):
