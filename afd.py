@@ -9,7 +9,8 @@ Departures from the paper:
  1. Best-of-N is distilled into the policy (--extrapolate distil): DPO on the reward's best against its worst
     of each prompt's samples.
  2. A reward model reads replies without their end-of-sequence token, both of a pair cut to the length of the
-    shorter one (--hide-end, --match-lengths): otherwise it learns lengths only.
+    shorter one (--hide-end, --match-lengths): otherwise it learns lengths only. The discriminators of
+    reverse-kl and js read whole replies, and learn alone for --discriminator-warmup steps first.
  3. The closed form log π_SFT(y|x) − log π_0(y|x), which the reward model of `init-sft` approximates, is
     reported beside it, and can be the reward itself (--reward log-ratio, as on the default task).
  4. Reward models train all weights but the embeddings, or a LoRA adapter; the author's are LoRA.
@@ -140,10 +141,11 @@ class Args(RunArgs):
     which needs none (on the default task's development prompts it ranks better)."""
     reward_init: Literal["start", "sft"] = "start"
     """Weights that a reward model or discriminator starts from: π_0's or π_SFT's."""
-    hide_end: bool = True
-    """Reward models read replies without the end-of-sequence token."""
-    match_lengths: bool = True
-    """Reward models are trained on pairs cut to the length of the shorter reply."""
+    hide_end: bool | None = None
+    """Whether rewards are learned and read without the end-of-sequence token. None: with irl yes, or reward
+    models learn lengths only; discriminators no, as the divergence is that of whole replies."""
+    match_lengths: bool | None = None
+    """Whether rewards are learned from pairs cut to the length of the shorter reply. None: as --hide-end."""
     reward_prompts: int = 128
     """Training prompts on which reward models are trained and Best-of-N is distilled."""
     reward_samples: int = 2
@@ -164,6 +166,8 @@ class Args(RunArgs):
     """reverse-kl, js: policy updates."""
     discriminator_updates: int = 1
     """reverse-kl, js: discriminator updates before each policy update."""
+    discriminator_warmup: int = 10
+    """reverse-kl, js: steps that update the discriminator alone, before the first policy update."""
     whiten: bool = True
     """reverse-kl, js: divide advantages by the batch's
     standard deviation, as the discriminator's scale drifts."""
@@ -299,6 +303,8 @@ def check_args(args: Args) -> None:
     )
     require(0 <= args.replay < 1, f"--replay must lie in [0, 1), got {args.replay}.")
     require(args.kl >= 0, f"--kl must not be negative, got {args.kl}.")
+    alone = args.discriminator_warmup
+    require(alone >= 0, f"--discriminator-warmup must not be negative, got {alone}.")
     require(
         len(set(args.pairs)) == len(args.pairs), f"--pairs {' '.join(args.pairs)}: each construction once."
     )
@@ -405,7 +411,7 @@ def planned_steps(args: Args, data: Data) -> int:
     n = len(data.train.prompts)
     steps = 0 if args.sft_model else stage_steps(args, n, args.epochs)
     if args.objective in ("reverse-kl", "js"):
-        steps += min(args.policy_steps, args.max_steps or args.policy_steps)
+        steps += sum(adversarial_steps(args))
     elif args.objective == "irl":
         part = min(n, args.reward_prompts)
         if not args.reward_model:
@@ -461,14 +467,14 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
     optimisers = {"policy": of_policy, "discriminator": of_discriminator}
     resumed = exp.state and exp.state["stage"] == "adversarial"
     earlier: list[tuple[int, list[list[int]]]] = exp.state["replay"] if resumed else []
-    steps = min(args.policy_steps, args.max_steps or args.policy_steps)
-    for index in range(exp.restore_within("adversarial", optimisers), steps):
+    alone, steps = adversarial_steps(args)
+    for index in range(exp.restore_within("adversarial", optimisers), alone + steps):
         seed, step = common.derive_seed(args.seed, "adversarial", index), len(run.metrics) + 1
         rng = random.Random(seed)
         chosen = rng.sample(range(len(train.prompts)), min(args.batch_size, len(train.prompts)))
         prompts = [train.prompts[i] for i in chosen]
         own, _ = exp.sample(prompts, seed, args.samples_per_prompt)  # [G][K]
-        share = learning_rate_at(index, steps, 1.0, args.warmup_ratio, args.schedule)
+        share = learning_rate_at(index, alone + steps, 1.0, args.warmup_ratio, args.schedule)
         metrics = {}
         if exp.judge.score is not None:  # to look at; nothing learns from it
             asked = [train.rows[i].prompt for i in chosen for _ in range(args.samples_per_prompt)]
@@ -488,10 +494,14 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
             # Policy: its reward is the discriminator's.
             # (G, K)
             reward = adversarial_reward(rewards_of(exp, discriminator, prompts, own), args.objective)
-            advantage = advantage_of(reward, args.whiten).tolist()  # (G, K)
-            columns = zip(chosen, prompts, own, advantage, strict=True)
-            groups = [Group(train.rows[i].id, *example) for i, *example in columns]
-            metrics |= train_step(exp, of_policy, groups, step, args.policy_learning_rate * share)
+            if index >= alone:
+                advantage = advantage_of(reward, args.whiten).tolist()  # (G, K)
+                columns = zip(chosen, prompts, own, advantage, strict=True)
+                groups = [Group(train.rows[i].id, *example) for i, *example in columns]
+                rate = learning_rate_at(
+                    index - alone, steps, args.policy_learning_rate, args.warmup_ratio, args.schedule
+                )
+                metrics |= train_step(exp, of_policy, groups, step, rate)
         spread = reward.std(1).mean().item() if args.samples_per_prompt > 1 else 0.0
         metrics |= {"reward": reward.mean().item(), "reward_std": spread}
         row = {f"adversarial/{name}": value for name, value in metrics.items()} | run.throughput()
@@ -500,6 +510,11 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
     for optimiser in optimisers.values():
         optimiser.release()
     exp.reference = None  # it was π_SFT; the final comparison is with π_0
+
+
+def adversarial_steps(args: Args) -> tuple[int, int]:
+    """Steps of the discriminator alone, and of both."""
+    return args.discriminator_warmup, min(args.policy_steps, args.max_steps or args.policy_steps)
 
 
 def adversarial_reward(logits: torch.Tensor, objective: Literal["reverse-kl", "js"]) -> torch.Tensor:
@@ -798,7 +813,7 @@ def main(args: Args) -> None:
     check_args(args)
 
     # 1. Judge, data, what the starting model tells; the run folder.
-    exp = set_up_stages("afd", args)
+    exp = set_up_stages("afd", as_read_by(args))
     args = exp.args
     data = load_data(exp)
     exp.begin(planned_steps(args, data))
@@ -828,6 +843,14 @@ def main(args: Args) -> None:
 
     # 4. Save; compare with the starting model on held-out prompts.
     exp.finish(curves_of(exp.run.metrics), summary)
+
+
+def as_read_by(args: Args) -> Args:
+    """The same, with what a reward reads of a reply chosen where it was left open."""
+    hide = args.objective not in ("reverse-kl", "js") if args.hide_end is None else args.hide_end
+    return replace(
+        args, hide_end=hide, match_lengths=hide if args.match_lengths is None else args.match_lengths
+    )
 
 
 def curves_of(metrics: list[dict]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import resumed_equals_uninterrupted, sealed_passes, start, summary_of
+from running import metrics_of, resumed_equals_uninterrupted, sealed_passes, start, summary_of
 
 import afd
 import experiment
@@ -210,13 +210,16 @@ def test_reward_is_the_classifier_s_at_the_last_token(world):
 
 
 def test_pairs_are_read_without_their_end_and_at_equal_lengths():
-    args = afd.Args()
-    assert rewards.pair_as_read([7, 8, 9, 3], [5, 6, 3], args, [3]) == [[7, 8], [5, 6]]
-    assert rewards.pair_as_read([7, 8, 9], [5, 6, 3], afd.Args(match_lengths=False), [3]) == [
-        [7, 8, 9],
-        [5, 6],
-    ]
-    assert rewards.pair_as_read([7, 3], [5, 6, 3], afd.Args(hide_end=False), [3]) == [[7, 3], [5, 6]]
+    def pair(positive, **flags):
+        return rewards.pair_as_read(positive, [5, 6, 3], afd.as_read_by(afd.Args(**flags)), [3])
+
+    assert pair([7, 8, 9, 3]) == [[7, 8], [5, 6]]
+    assert pair([7, 8, 9], match_lengths=False) == [[7, 8, 9], [5, 6]]
+    assert pair([7, 3], hide_end=False, match_lengths=True) == [[7, 3], [5, 6]]
+    # a discriminator learns from what it scores: whole replies, or it is no divergence's
+    for objective in ("reverse-kl", "js"):
+        assert pair([7, 8, 9, 3], objective=objective) == [[7, 8, 9, 3], [5, 6, 3]]
+        assert pair([7, 8, 9, 3], objective=objective, hide_end=True) == [[7, 8], [5, 6]]
 
 
 # --- whole runs --------------------------------------------------------------------------------
@@ -299,6 +302,17 @@ def test_resume_after_kill_continues_with_the_very_metrics(flags, tmp_path, obje
 def test_with_lora_every_stage_runs(flags, tmp_path):
     start(afd, *flags, "--lora-rank=4", "--run-name=x", "--epochs=3", "--policy-epochs=2")
     assert summary_of(tmp_path / "x")["score_after"] > summary_of(tmp_path / "x")["score_before"] + 0.5
+
+
+def test_the_discriminator_learns_alone_first(flags, tmp_path):
+    """During --discriminator-warmup nothing of the policy changes: its steps log none of its metrics, its KL
+    to π_SFT begins at 0, and replies are scored by one that has learnt."""
+    alone = ["--objective=js", "--epochs=1", "--discriminator-warmup=3", "--policy-steps=2"]
+    start(afd, *flags, *alone, "--run-name=alone")
+    rows = [row for row in metrics_of(tmp_path / "alone") if "adversarial/reward" in row]
+    assert ["adversarial/kl" in row for row in rows] == [False, False, False, True, True]
+    assert rows[0]["adversarial/discriminator_loss"] > rows[3]["adversarial/discriminator_loss"]
+    assert rows[3]["adversarial/kl"] == pytest.approx(0, abs=1e-5) and rows[4]["adversarial/kl"] != 0
 
 
 # --- data and mistakes -------------------------------------------------------------------------
