@@ -87,9 +87,9 @@ class Args(RunArgs):
     """Strength of the tie to the reference, τ: the weight of the KL."""
     beta: float = 0.125
     """Share of the reference in the mixture opponent."""
-    ema_decay: float = 0.999
-    """The EMA opponent's d in θ̄ ← d θ̄ + (1 − d) θ; it costs 4 bytes a trained weight, and while the
-    opponent samples the weight's own size once more."""
+    ema_decay: float = 0.9
+    """--opponent ema: share d of the average that stays, θ̄ ← d θ̄ + (1 − d) θ: it trails some 1/(1 − d)
+    steps behind. The paper's .999, the large recipes', is the starting model for the first hundreds."""
     samples_per_prompt: int = 2
     """K, the policy's own samples for each prompt, all trained on; the paper's is 1."""
     baseline: Literal["half", "leave-one-out"] = "half"
@@ -155,6 +155,7 @@ TLDR = Args(  # the paper's task, for a hub policy of one billion weights
     eval_judge=None,
     eval_prompts=256,
     samples_per_prompt=1,
+    ema_decay=0.999,
     epochs=3,  # of some 117,000 prompts: enough for the steps
     max_steps=10_000,
     learning_rate=1e-5,

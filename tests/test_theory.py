@@ -454,6 +454,26 @@ def test_expected_policy_gradient_is_the_gradient_of_the_regularised_preference(
 
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("name", GAMES)
+def test_online_ipo_follows_self_plays_gradient_times_four_over_tau(name, tokens):
+    """Through both scripts' losses, away from any resting point, for whole sequences as for single tokens."""
+    preference, reference, tau, _ = GAMES[name]
+    completions = one_token(len(reference)) if tokens == 1 else RAGGED[len(reference)]
+    self_play = theory.online_nash_md_loss(completions, preference, reference, tau)
+
+    def online_ipo(logits):
+        log_policy = completions.logprobs(logits)
+        drawn = theory.pairs(log_policy.detach().exp())
+        return theory.expected_preference_loss(log_policy, reference.log(), drawn, preference, tau)
+
+    for seed in range(3):
+        logits = completions.random_logits(seed)
+        expected = 4 / tau * gradient(self_play, logits)
+        assert expected.norm() > 1e-2
+        assert_close(gradient(online_ipo, logits), expected, 1e-11)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("name", GAMES)
 def test_self_play_reaches_the_nash_and_the_mixture_opponent_its_biased_fixed_point(name, tokens):
     preference, reference, tau, _ = GAMES[name]
     completions = one_token(len(reference)) if tokens == 1 else RAGGED[len(reference)]
