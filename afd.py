@@ -242,7 +242,7 @@ HH = Args(  # the paper's task: Anthropic's HH-RLHF
     max_new_tokens=128,
     top_p=0.95,
     judge="hf:Ray2333/gpt2-large-harmless-reward_model",
-    eval_judge=None,
+    eval_judge="hf:OpenAssistant/reward-model-deberta-v3-large-v2",
     eval_prompts=256,
     dev_prompts=256,
     reward="reward-model",
@@ -752,12 +752,17 @@ def compare_rewards(
                 to_distil = reward.label, score(data.train.prompts, samples.distil_from, progress=progress)
             rankers[reward.label] = ranker
             del score
-    golden, lengths = {}, {}
-    for split, replies in samples.by_split.items():
-        asked = [row.prompt for row in splits[split].rows]
-        golden[split] = golden_of(exp.judge, asked, exp.texts(replies, exp.judge))
-        lengths[split] = torch.tensor([[float(len(y)) for y in group] for group in replies])
-    report = compare_rankers(rankers, golden, lengths, exp.judge.name)
+    reports = []
+    for judge in [exp.judge, exp.eval_judge] if exp.eval_judge else [exp.judge]:
+        golden, lengths = {}, {}
+        for split, replies in samples.by_split.items():
+            asked = [row.prompt for row in splits[split].rows]
+            golden[split] = golden_of(judge, asked, exp.texts(replies, judge))
+            lengths[split] = torch.tensor([[float(len(y)) for y in group] for group in replies])
+        reports.append(compare_rankers(rankers, golden, lengths, judge.name))
+    report = reports[0]
+    if exp.eval_judge:  # which neither selected the demonstrations nor picks the reward to report
+        report["eval_judge"] = {key: reports[1][key] for key in ("judge", "rankers")}
     # Preferences are more than demonstrations: of the rewards learned without them, the one the development
     # prompts favour is reported.
     own_rewards = [label for label in rankers if "preference" not in label]

@@ -2,7 +2,8 @@
 
     python benchmark/compare.py selm --seeds 3        # SELM against iterative DPO on the default task
     python benchmark/compare.py ipo --seeds 2         # IPO-MD, online-IPO, online DPO, online SLiC
-    python benchmark/compare.py cycle --seeds 2       # who keeps all styles alive under an intransitive judge
+    python benchmark/compare.py cycle --seeds 5       # who keeps all styles alive under an intransitive judge
+    python benchmark/compare.py cycle --redraw        # only the plot anew, from results/cycle.json
 
 Runs go to --run-dir and are reused if finished there; `benchmark/results/STUDY.json` keeps each run's
 command, commit, versions and summary, STUDY.md the table and STUDY.png the curves. Runs side by side share
@@ -21,11 +22,13 @@ from pathlib import Path
 import record
 import tyro
 
+from judges import STYLES
+
 # Human replies hold more questions and exclamations than SmolLM2's: the study starts from a model of them,
 # made by PREPARE.
 CYCLE = (
     "--model {run_dir}/cycle-sft/model --judge cycle --eval-judge None --eval-prompts 64 --tau 0.1"
-    " --learning-rate 6e-5 --batch-size 12 --epochs 2 --max-steps 40 --micro-batch-tokens 768"
+    " --learning-rate 6e-5 --batch-size 12 --epochs 8 --max-steps 200 --micro-batch-tokens 768"
 )
 # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
 CYCLE_SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
@@ -61,6 +64,8 @@ STUDIES = {  # study: (metrics of the plot, {variant: command})
             "Nash-MD, mixture": f"nash_md.py {CYCLE}",
             "IPO-MD": f"ipo_md.py {CYCLE}",
             "online DPO": f"ipo_md.py {CYCLE} --loss dpo --beta 0",
+            # near p = ½ that is IPO's strength at τ = .1: docs/theory.md
+            "online DPO, 4τ": f"ipo_md.py {CYCLE.replace('--tau 0.1', '--tau 0.4')} --loss dpo --beta 0",
             "RLHF": f"nash_md.py {CYCLE_SCALAR} --objective rlhf",
         },
     ),
@@ -83,6 +88,7 @@ def main(
     jobs: int = 1,
     run_dir: str = "runs/compare",
     flags: str = "",
+    redraw: bool = False,
 ) -> None:
     """Run a study and write its results.
 
@@ -92,10 +98,15 @@ def main(
         jobs: runs at once, among which the CPU's cores are divided.
         run_dir: where the run folders go; finished ones are reused.
         flags: more flags for every run, in one string.
+        redraw: draw the recorded results again, run nothing.
     """
     if study not in STUDIES:
         sys.exit(f"error: no study {study!r}; there are {', '.join(STUDIES)}.")
     metrics, variants = STUDIES[study]
+    out = record.RESULTS
+    if redraw:
+        rows = json.loads((out / f"{study}.json").read_text())["runs"]
+        return plot(rows, list(variants), metrics, out / f"{study}.png")
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     run_dir = str(Path(run_dir).resolve())
     runs = [
@@ -143,7 +154,6 @@ def main(
                 **{metric: [step.get(metric) for step in steps] for metric in metrics},
             }
         )
-    out = record.RESULTS
     record.write(out / f"{study}.json", {"command": record.command(), "runs": rows})
     (out / f"{study}.md").write_text(table(rows, list(variants)))
     plot(rows, list(variants), metrics, out / f"{study}.png")
@@ -178,7 +188,8 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: Path) -> None:
-    """A panel a metric over steps: a thin line a seed, a thick one the mean over seeds and five steps."""
+    """A panel a metric over steps: a thin line a seed, a thick one the mean over seeds and five steps; of the
+    cycle study also where each algorithm would come to rest, dotted."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,12 +210,25 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
             if curves:
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
                 axis.plot(range(1, len(mean) + 1), smooth(mean), color=f"C{i}", linewidth=2, label=name)
+            rest = resting(name, metric)
+            if curves and rest is not None:
+                axis.axhline(rest, color=f"C{i}", linestyle=":", linewidth=1.5)
         axis.set_xlabel("optimiser step")
         axis.set_title({"score": "judge's score of the sampled replies"}.get(metric, metric), fontsize=10)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def resting(variant: str, metric: str) -> float | None:
+    """The metric at the variant's resting point, if `benchmark/resting_points.py` knows one."""
+    known = json.loads((record.RESULTS / "resting_points.json").read_text())
+    if variant not in known["points"]:
+        return None
+    if metric == "exploitability":
+        return known["exploitability"][variant]
+    return known["points"][variant][[f"style/{style}" for style in STYLES].index(metric)]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ statistics.
 
 `best_of_n.json` holds for every ranker its curves over N on the test prompts and on the development prompts:
 the judge's mean score of the reply the ranker likes best among N, and that reply's win rate against one more
-sample, each with a 95 % bootstrap band over prompts. All rankers rank the same samples.
+sample, each with a 95 % bootstrap band over prompts. All rankers rank the same samples. `eval_judge` holds the
+same by a second judge.
 """
 
 from __future__ import annotations
@@ -90,6 +91,15 @@ def report_text(report: dict) -> str:
             f"{curve['win_rate'][-1]:.3f}  {band}      "
             f"{separability:<22}  {preference}".rstrip()
         )
+    if "eval_judge" in report:
+        lines += ["", f"  the same by {report['eval_judge']['judge']}, which took no part"]
+        for name, curve in report["eval_judge"]["rankers"].items():
+            name = name.replace(BASELINES[-1], "itself")
+            band = f"[{curve['win_rate_low'][-1]:.3f}, {curve['win_rate_high'][-1]:.3f}]"
+            lines.append(
+                f"  {name:<{width}}   {curve['score'][0]:.3f} → {curve['score'][-1]:.3f}       "
+                f"{curve['win_rate'][-1]:.3f}  {band}"
+            )
     return "\n".join(lines)
 
 

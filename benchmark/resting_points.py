@@ -1,0 +1,104 @@
+"""Where each algorithm of the cycle study would come to rest, by exact computation with the scripts' losses.
+
+    python benchmark/resting_points.py
+
+The game: a question beats an exclamation, an exclamation a statement, a statement a question, always; the
+reference is the study's starting model, of which only the styles' shares count. A policy over three styles has
+no other limits, so a run of a language model need not end here; but where it is after few steps and where its
+loss would send it are different things. Writes benchmark/results/resting_points.json; `benchmark/compare.py
+cycle` draws the points as lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import record
+import torch
+import tyro
+
+sys.path.insert(0, str(record.ROOT / "docs"))
+
+import theory
+
+from judges import STYLES
+
+GAME = torch.tensor([[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]], dtype=torch.float64)  # p(row's style ≻ column's)
+BETA = 0.125  # of IPO-MD and Nash-MD's mixture, over whole replies
+STEP, STEPS = 0.05, 40_000
+
+
+def main(tau: float = 0.1) -> None:
+    """Print and record the table.
+
+    Args:
+        tau: strength of the tie to the reference, the study's.
+    """
+    reference = reference_shares()
+    points = resting_points(reference, tau)
+    print(table(points))
+    rounded = {name: [round(share, 6) for share in shares] for name, shares in points.items()}
+    result = {"tau": tau, "beta": BETA, "reference": reference, "points": rounded}
+    result["exploitability"] = {name: round(exploitability(shares), 6) for name, shares in points.items()}
+    record.write(record.RESULTS / "resting_points.json", {**record.origin(), **result})
+
+
+def reference_shares() -> list[float]:
+    """Shares of the starting model's styles on the study's 64 held-out prompts, as it recorded them."""
+    summary = json.loads((record.RESULTS / "cycle.json").read_text())["runs"][0]["summary"]
+    return [summary[f"style/{style}_before"] for style in STYLES]
+
+
+def resting_points(reference: list[float], tau: float) -> dict[str, list[float]]:
+    """Shares of the three styles at which each algorithm rests."""
+    mu = torch.tensor(reference, dtype=torch.float64)
+    mu = mu / mu.sum()
+    rewards = torch.tensor(fitted_rewards(), dtype=torch.float64)
+    points = {
+        "Nash-MD, self": theory.regularised_nash(GAME, mu, tau),
+        "Nash-MD, mixture": theory.ipo_md_fixed_point(GAME, mu, tau, BETA),
+        "IPO-MD": theory.ipo_md_fixed_point(GAME, mu, tau, BETA),
+        "online DPO": dpo_rest(mu, tau),
+        "online DPO, 4τ": dpo_rest(mu, 4 * tau),
+        "RLHF": theory.normalise(mu.log() + rewards / tau),
+    }
+    return {name: point.tolist() for name, point in points.items()}
+
+
+def dpo_rest(reference: torch.Tensor, tau: float) -> torch.Tensor:
+    """Where gradient descent on online DPO's expected loss ends, from the reference. Raises `AssertionError`
+    if the gradient there is not 0."""
+    loss = theory.online_preference_loss(GAME, reference, tau, kind="dpo")
+    logits = reference.log()
+    for _ in range(STEPS):
+        logits = logits - STEP / tau * theory.gradient(loss, logits)
+    assert theory.gradient(loss, logits).abs().max() < 1e-9
+    return theory.normalise(logits)
+
+
+def fitted_rewards() -> list[float]:
+    """The scalar that RLHF is given, a style's (benchmark/cycle_reward.py)."""
+    fitted = json.loads((record.RESULTS / "cycle_reward.json").read_text())["reward"]
+    return [fitted[style] for style in STYLES]
+
+
+def exploitability(shares: list[float]) -> float:
+    """The best style's win rate against the mix, minus ½."""
+    return (GAME @ torch.tensor(shares, dtype=torch.float64)).max().item() - 0.5
+
+
+def table(points: dict[str, list[float]]) -> str:
+    """Markdown."""
+    lines = [
+        "| resting point | exploitability | questions | exclamations | statements |",
+        "|---|---|---|---|---|",
+    ]
+    for name, shares in points.items():
+        cells = [f"{value:.3f}" for value in (exploitability(shares), *shares)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
