@@ -463,10 +463,13 @@ def measure(exp: StagedExperiment, judge: Judge, held_out: list[Answers]) -> dic
     a, b = ([pair.replies[i] for pair in pairs] for i in (0, 1))
     truth = [pair.preferences[0] for pair in pairs]
     swapped = None
-    predicted = first = judge.preference(asked, a, b)  # (N,)
     if judge.score is None:
-        swapped = judge.preference(asked, b, a)
+        first, swapped = judge.preference(asked, a, b), judge.preference(asked, b, a)  # (N,)
         predicted = 0.5 * (first + 1 - swapped)  # as `both_orders` asks
+    else:  # a reply that stands in several pairs is read once
+        replies = [answers.replies for answers in held_out]
+        matrices = preference_matrix(judge, [answers.asked for answers in held_out], replies)
+        first = predicted = torch.cat([matrix[pairs_of(len(matrix))] for matrix in matrices])
     p = predicted.tolist()
     write_predictions(exp, pairs, p, first.tolist())
     table = reliability(p, truth)
