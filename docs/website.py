@@ -251,27 +251,31 @@ class Page(html.parser.HTMLParser):
         self.links += [found[name] for name in ("href", "src") if found.get(name)]
 
 
+def aimed(site: Path, page: Path, link: str) -> Path:
+    """The file of the site that a link on a page leads to."""
+    name = unquote(urlsplit(link).path)
+    if not name:
+        return page
+    target = (site / name.lstrip("/") if name.startswith("/") else page.parent / name).resolve()
+    return target / "index.html" if target.is_dir() else target
+
+
 def broken(site: Path) -> list[str]:
-    """Every link of the built pages that leads nowhere within the site."""
+    """Every link of the built pages that leads nowhere within the site. (A fragment of games.html is no
+    anchor: it says what is shown there.)"""
+    site = site.resolve()
     pages = {path: Page(path.read_text()) for path in site.rglob("*.html") if path.is_file()}
     found = []
-    for path, page in pages.items():
+    for path, page in sorted(pages.items()):
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
-            name = unquote(parts.path)
-            target = (
-                path
-                if not name
-                else (site / name.lstrip("/") if name.startswith("/") else path.parent / name)
-            )
-            target = target.resolve()
-            if target.is_dir():
-                target /= "index.html"
+            target, anchor = aimed(site, path, link), unquote(parts.fragment)
+            no_page = target not in pages or target.name == "games.html"
             if not target.exists():
                 found.append(f"{path.relative_to(site)}: {link}")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
+            elif anchor and not no_page and anchor not in pages[target].anchors:
                 found.append(f"{path.relative_to(site)}: {link} (no such anchor)")
     return found
 

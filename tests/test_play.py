@@ -212,6 +212,31 @@ def test_what_the_things_to_see_claim(shipped, shipped_numbers):
     assert turns["algorithm"] < turns["beside"]
 
 
+def test_links_into_the_page_say_what_it_knows(shipped):
+    """The course's, for instance: an unknown word in an address would be passed over."""
+    links = [
+        link
+        for path in play.HERE.glob("*.md")
+        for link in re.findall(r"games\.html#([^)\s]+)", path.read_text())
+    ]
+    assert len(links) >= 7
+    keys = {"game": {game["key"] for game in shipped["games"]}}
+    keys["algorithm"] = keys["beside"] = {row["key"] for row in shipped["algorithms"]}
+    families = {row["key"]: row for row in shipped["algorithms"]}
+    names = {"τ": "tau", "β": "beta", "α": "alpha", "decay": "decay"}
+    for link in links:
+        words = dict(part.split("=") for part in link.split("&"))
+        row = families[words["algorithm"]]
+        knobs = {names[knob["symbol"]]: knob["values"] for knob in shipped["families"][row["family"]]}
+        for word, value in words.items():
+            if word in keys:
+                assert value in keys[word], link
+            elif word == "start":
+                assert 0 <= int(value) < len(shipped["games"][0]["starts"])
+            else:
+                assert float(value) in knobs[word], link
+
+
 # --- the file ---
 
 
