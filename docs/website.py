@@ -205,6 +205,11 @@ def api() -> str:
 def stage(folder: Path) -> None:
     """Write what zensical reads."""
     staged = Stage(folder)
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+    for path in notebooks:  # before any link could ask for the bare source
+        name = path.relative_to(ROOT).as_posix()
+        staged.seen.add(name)
+        staged.write(placed(name), staged.rewritten(name, notebook(path)))
     for name in MOVED:
         staged.page(name)
     for path in sorted((ROOT / "docs").glob("*.md")):
@@ -214,11 +219,6 @@ def stage(folder: Path) -> None:
     games = staged.docs / "games.md"
     picture = re.search(r"(?m)^!\[.*\n", games.read_text())[0]
     games.write_text(games.read_text().replace(picture, GAMES))  # here the page itself can be played
-    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
-    for path in notebooks:
-        name = path.relative_to(ROOT).as_posix()
-        staged.seen.add(name)
-        staged.write(placed(name), staged.rewritten(name, notebook(path)))
     staged.write("api.md", api())
     modules = folder / "modules"
     modules.mkdir()

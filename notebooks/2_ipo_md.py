@@ -21,8 +21,8 @@ import ipo_md
 import theory
 import torch
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The loss in ten lines
@@ -103,7 +103,7 @@ lab.check(1, answer_1, lambda share: abs(share - 0.880797) < 5e-4, "π₁ = σ((
 answer_2 = ...
 resting = theory.ipo_md_fixed_point(rps, mu, 0.1, 0.5)
 lab.check(2, answer_2, lambda m: torch.allclose(m, theory.geometric_mixture(resting, mu, 0.5), atol=1e-4),
-          "theory.regularised_nash(rps, mu, tau / (1 - beta))")  # fmt: skip
+          "Section 7 of the theory: it is a Nash at another temperature; theory.regularised_nash.")  # fmt: skip
 
 # %% [markdown]
 # **3.** A judge who says 5/9 is rounded to 1. Solve the dice with rounded labels: give the policy that

@@ -22,8 +22,8 @@ import play
 import theory
 import torch
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The loss in ten lines
@@ -77,8 +77,8 @@ for name, path in paths.items():
 print("the reward that RLHF was given:", game.reward().tolist())
 
 # %% [markdown]
-# RLHF does what it is told: its scalar puts paper first and scissors last, and a policy without scissors
-# loses to nobody it knows.
+# RLHF does what it is told: its scalar puts paper first and scissors last, so scissors die out. But scissors
+# are what beats paper.
 #
 # ## SmolLM2 before and after
 

@@ -21,8 +21,8 @@ import afd
 import matplotlib.pyplot as plt
 import torch
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The loss in ten lines

@@ -30,7 +30,7 @@ COLORS = (theory.BLUE, theory.ORANGE, theory.GREEN, theory.PURPLE)
 
 def short_run(script, demonstrations: bool = False, **flags) -> dict:
     """Run a script's own `main` on its laptop recipe with fewer prompts and steps; its summary, with the
-    held-out prompts and both answers under "samples". SmolLM2 takes a minute or two on two CPU cores."""
+    held-out prompts and both answers under "samples". Minutes on a laptop; its last lines say how many."""
     small = {"eval_prompts": 32, "eval_judge": None, "save_every": 0, **flags}
     if TINY:
         small |= {
@@ -80,14 +80,14 @@ def walk(
 
 def triangle(paths: dict[str, torch.Tensor], marks: dict[str, torch.Tensor], corners=theory.RPS_CORNERS):
     """Draw walks and marked policies in the triangle."""
-    figure, axes = plt.subplots(figsize=(5.2, 4.6))
+    figure, axes = plt.subplots(figsize=(6.2, 4.6))
     theory.simplex(axes, corners)
     for color, (name, path) in zip(COLORS, paths.items(), strict=False):
         theory.trajectory(axes, path, color)
         axes.plot([], [], color=color, label=name)
     for name, policy in marks.items():
         theory.star(axes, policy, theory.INK, name)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.66, 0.92))
     plt.show()
     plt.close(figure)
 
