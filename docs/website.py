@@ -42,6 +42,8 @@ CSS = """
 .md-typeset table:not([class]) :is(td, th) { min-width: 0; padding: .55em .9em; }
 .games { display: block; width: 100%; height: min(86vh, 60rem); }
 .games { border: 1px solid #8886; border-radius: 10px; }
+.narrow { display: none; }
+@media (max-width: 45em) { .games { display: none; } .narrow { display: block; } }
 """
 GAMES = '<iframe class="games" src="games.html" title="The games, played" loading="lazy"></iframe>\n'
 
@@ -206,9 +208,11 @@ def stage(folder: Path) -> None:
     """Write what zensical reads."""
     staged = Stage(folder)
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
-    for path in notebooks:  # before any link could ask for the bare source
+    staged.seen |= {
+        path.relative_to(ROOT).as_posix() for path in notebooks
+    }  # no link needs their bare source
+    for path in notebooks:
         name = path.relative_to(ROOT).as_posix()
-        staged.seen.add(name)
         staged.write(placed(name), staged.rewritten(name, notebook(path)))
     for name in MOVED:
         staged.page(name)
@@ -218,7 +222,8 @@ def stage(folder: Path) -> None:
     shutil.copyfile(ROOT / "docs" / "games.html", staged.docs / "games.html")
     games = staged.docs / "games.md"
     picture = re.search(r"(?m)^!\[.*\n", games.read_text())[0]
-    games.write_text(games.read_text().replace(picture, GAMES))  # here the page itself can be played
+    linked = f"[{picture.strip()}](games.html){{ .narrow }}\n"  # a telephone opens the page by itself
+    games.write_text(games.read_text().replace(picture, f"{GAMES}\n{linked}"))
     staged.write("api.md", api())
     modules = folder / "modules"
     modules.mkdir()

@@ -92,8 +92,9 @@ def test_the_site(tmp_path):
     assert theory.count("<math") == 12 and "```math" not in theory
     assert 'id="common.completion_logprobs"' in (site / "api" / "index.html").read_text()
     assert "def selm_loss" in re.sub(r"<[^>]*>", "", (site / "source" / "selm.py" / "index.html").read_text())
-    notebook = (site / "source" / "notebooks" / "1_selm.py" / "index.html").read_text()
-    assert "%%" not in notebook and '<h2 id="the-loss-in-ten-lines"' in notebook
+    for source in (ROOT / "notebooks").glob("[0-9]*.py"):
+        notebook = (site / "source" / "notebooks" / source.name / "index.html").read_text()
+        assert "%%" not in notebook and '<h2 id="the-loss-in-ten-lines"' in notebook
     assert (site / "games.html").read_bytes() == (ROOT / "docs" / "games.html").read_bytes()
     assert (site / "files" / "benchmark" / "results" / "selm.json").exists()
     if browser.CHROMIUM is None:
