@@ -79,7 +79,7 @@ lab.triangle({"online-IPO": lab.walk("ipo", "rps", (0.3, 0.0), start=2), "online
 # ## SmolLM2 before and after
 
 # %%
-run = lab.short_run(ipo_md, max_steps=6, num_prompts=48)
+run = lab.short_run(ipo_md, max_steps=4, num_prompts=48)
 
 # %%
 lab.show(run)

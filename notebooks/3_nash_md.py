@@ -83,7 +83,7 @@ print("the reward that RLHF was given:", game.reward().tolist())
 # ## SmolLM2 before and after
 
 # %%
-run = lab.short_run(nash_md, max_steps=6, num_prompts=48)
+run = lab.short_run(nash_md, max_steps=4, num_prompts=48)
 
 # %%
 lab.show(run)
