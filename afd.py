@@ -551,7 +551,7 @@ def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, 
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
-        advantage = torch.tensor([g.advantage for g in groups], device=exp.device).flatten()  # (G*K,)
+        advantage = common.pad_rows([g.advantage for g in groups], 0.0, exp.device).flatten()  # (G*K,)
         with torch.no_grad():
             reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, K, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)
@@ -773,7 +773,7 @@ def train_dpo(exp: StagedExperiment, stage: Stage, policy, examples: list[Exampl
     beta = exp.args.beta
 
     def loss_of(examples, data):
-        temperature = common.pad_rows([e.temperature for e in examples], 1.0, exp.device)  # (G, 2)
+        temperature = common.pad_rows([e.temperature for e in examples], 1.0, "cpu")  # (G, 2)
         reference = common.pad_rows([e.reference for e in examples], 0.0, exp.device)  # (G, 2)
         sums = common.completion_logprobs(policy, data, temperature).sum(-1)  # (G, 2)
         loss = dpo_loss(sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], beta)

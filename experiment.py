@@ -204,8 +204,12 @@ class Experiment:
 
     def sample(self, prompts: list[list[int]], seed: int, completions: int = 1, model=None, **more):
         """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are
-        its other arguments."""
-        stats: dict = {}
+        its other arguments. A rehearsal first decodes as many rows as the run will: the prompts again, whose
+        replies are dropped."""
+        asked, stats = len(prompts), {}
+        if self.args.dry_run and "sampling" not in self.run.phases and self.args.holds().sampled is None:
+            fill = self.args.sample_rows // completions * distributed.world()
+            prompts = [prompts[i % asked] for i in range(max(fill, asked))]
         settings = {**sampling_settings(self.args), **more}
         with self.run.phase("sampling"):
             chosen = self.policy if model is None else model
@@ -214,7 +218,7 @@ class Experiment:
             )
         self.run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
         self.run.add_tokens("sampling", stats["tokens"])
-        return replies, stats
+        return replies[:asked], stats
 
     def texts(self, replies: list[list[list[int]]]) -> list[list[str]]:
         """[prompt][completion] token ids as text."""
@@ -224,6 +228,10 @@ class Experiment:
         """Save the policy; then compare it with the starting model on held-out prompts; write summary (with
         `more` in it) and curves. What is compared is what was saved: with LoRA the merged weights."""
         if self.args.dry_run:
+            with self.run.phase("evaluation"):
+                common.sample(
+                    self.policy, self.eval_prompts, self.ends, seed=0, **sampling_settings(self.args)
+                )
             return self.run.finish_dry_run(self.policy)
         folder = self.run.folder / "model"
         if self.trained:
@@ -453,9 +461,9 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
     attention = choose_attention(args.attention, device, longest)
     start = load_model(args.model, dtype, device, attention)
-    args = replace(args, sample_rows=rows_at_once(args, [start, start], dtype))
     ends = end_tokens(start, tokenizer)
     policy = make_trainable(start, args.lora_rank, args.lora_alpha, gradient_checkpointing=False)
+    args = replace(args, sample_rows=rows_at_once(args, [policy, policy], dtype))
     weights, trained = count_weights(policy)
     exp = StagedExperiment(script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge)
     exp.weights, exp.trained_weights = weights, trained

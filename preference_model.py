@@ -437,7 +437,9 @@ def train(exp: StagedExperiment, model, examples: list[Example], letters: tuple[
 
     def loss_of(examples, data):
         targets = [example.preferences for example in examples]
-        preferences = torch.tensor(targets, device=exp.device)  # (G, O); (G, 1) for both orders of one pair
+        preferences = common.upload(
+            torch.tensor(targets), exp.device
+        )  # (G, O); (G, 1) for both orders of one pair
         z = log_odds(model, data, letters)  # (G, O)
         p = z.detach().sigmoid()
         agrees = ((p > 0.5) == (preferences > 0.5)) & (p != 0.5)

@@ -83,7 +83,9 @@ def watch(exp: Experiment, gold: Judge, every: int) -> None:
 def answers(exp: Experiment, model, draw: int = 0) -> list[list[list[int]]]:
     """One reply of `model` to each watched prompt."""
     seed = common.derive_seed("watched", draw)
-    return common.sample(model, exp.eval_prompts[:PROMPTS], exp.ends, seed=seed, **sampling_settings(exp.args))
+    return common.sample(
+        model, exp.eval_prompts[:PROMPTS], exp.ends, seed=seed, **sampling_settings(exp.args)
+    )
 
 
 @torch.no_grad()

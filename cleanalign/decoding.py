@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import transformers
 
 from cleanalign.errors import UserError, require
-from cleanalign.models import PREFILL_TOKENS, adapter_switch, backbone, head, head_logits
+from cleanalign.models import PREFILL_TOKENS, adapter_switch, backbone, head, head_logits, upload
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -36,7 +36,7 @@ def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch
     for i, prompt in enumerate(prompts):
         ids[i, P - len(prompt) :] = torch.tensor(prompt)
         mask[i, P - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+    return upload(ids, device), upload(mask, device)
 
 
 def resolve_decoding(decoding: str, device: torch.device) -> str:
@@ -166,9 +166,10 @@ class Decoder:
         T, 3)."""
         G, K, T, _ = uniforms.shape
         order = [*range(K - self.kinds[0], K), *range(K - self.kinds[0])]  # of the completions
-        self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).flatten(0, 1)
+        device = self.token.device
+        self.uniforms[: G * K] = upload(uniforms[:, order].transpose(0, 1).flatten(0, 1), device)
         self.tokens.fill_(-1)
-        self.row[: G * K] = torch.arange(G * K)
+        self.row[: G * K] = torch.arange(G * K, device=device)
         self.finished.zero_()
         self.t.zero_()
         sizes = tuple(G * k for k in self.kinds)
@@ -212,12 +213,13 @@ class Decoder:
                         past_key_values=cache,
                         use_cache=True,
                     )
-                hidden.append(out.last_hidden_state[:, -1])
+                hidden.append(out.last_hidden_state[:, -1].clone())  # a view would keep all of them
                 if self.caches[i] is None:
                     self.caches[i] = self._new_cache(cache, rows=sum(self.full) if i == 0 else self.full[0])
                 for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
                     for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
                         buffer[: K * G].unflatten(0, (K, G))[:, part, :, :P] = new
+                del cache, out, layer, new  # before the next part makes its own
             last.append(torch.cat(hidden).repeat(K, 1))  # (K·G, D)
         blocked = torch.finfo(self.mask.dtype).min
         self.mask.fill_(blocked)

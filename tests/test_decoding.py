@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import json
+import weakref
 
 import pytest
 import tiny
@@ -15,7 +16,9 @@ from test_sampling import END, PROMPTS, V, numbers, replay
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import afd
 import common
+import experiment
 import selm
 from cleanalign import decoding
 from cleanalign.command_line import saved_args
@@ -31,7 +34,8 @@ from cleanalign.models import (
 from cleanalign.run import Run
 
 # these wait for the device, or copy from the host
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal", "_unique2"}
+WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal"}
+WAITS |= {"_unique2"}
 
 
 class Recorder(TorchDispatchMode):
@@ -96,6 +100,14 @@ def graphs(monkeypatch):
     for module in (common, decoding):  # the sampler asks, and the decoder
         monkeypatch.setattr(module, "resolve_decoding", lambda way, device: "eager" if way == "auto" else way)
     return recorders
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.item, float, bool, torch.nonzero], ids=lambda f: f.__name__)
+def test_a_recorder_sees_every_way_to_ask(ask):
+    """Under inference mode `.item()` arrives as another kernel than without."""
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode(), pytest.raises(AssertionError, match="waits for the device"), Recorder():
+            ask(torch.ones(1))
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +354,7 @@ def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     assert choose_sample_rows(0, [policy], 40) == 64 and choose_sample_rows(5, [policy], 40) == 5
     layers, heads, width = 2, 2, 8
     row = 2 * (2 * layers * heads * width * 40 * 4 + 24 * V)
-    fixed = PREFILL_TOKENS * 4 * (32 + 64) * 4
+    fixed = PREFILL_TOKENS * (4 * (32 + 64) + 2 * layers * heads * width) * 4
     monkeypatch.setattr("cleanalign.models.free_memory", lambda device: (fixed + 100 * row) / 0.85 + 1)
     policy.requires_grad_(False)
     # room for 100 rows; 96 is a multiple of 8
@@ -354,6 +366,38 @@ def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     assert sum(b.numel() * 4 for b in buffers) == 4 * (row - 2 * 24 * V) * places // 40
     policy.requires_grad_(True)
     assert choose_sample_rows(0, [policy, reference], 40) < 96  # room for the optimiser
+
+
+def test_the_prefill_holds_one_part_at_a_time(models, monkeypatch):
+    """A part's cache and hidden states are gone when the next part runs."""
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 8)
+    alive, most = [], []
+    plain = transformers.LlamaModel.forward
+
+    def forward(self, *args, **kwargs):
+        if not isinstance(kwargs["past_key_values"].layers, list) or kwargs["input_ids"].shape[1] > 1:
+            most.append(sum(ref() is not None for ref in alive))
+        out = plain(self, *args, **kwargs)
+        alive.append(weakref.ref(out.last_hidden_state.untyped_storage()))
+        alive.append(weakref.ref(kwargs["past_key_values"]))
+        return out
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    common.sample(models[0], PROMPTS, [END], max_new_tokens=1, seed=5)
+    assert len(most) > 1 and max(most) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_stages_count_the_optimiser(world, flags, monkeypatch, rank):
+    """afd.py's and spin.py's rows are chosen beside what their optimiser will hold."""
+    counted = []
+    monkeypatch.setattr(
+        "experiment.choose_sample_rows",
+        lambda rows, members, *_: counted.append(sum(p.requires_grad for p in members[0].parameters())) or 64,
+    )
+    args = afd.Args(model=f"{world}/model", judge=f"{world}/judges.py:goodness", device="cpu", lora_rank=rank)
+    experiment.set_up_stages("afd", args)
+    assert counted[0] > 0
 
 
 def test_the_choice_is_stored_and_kept(flags, tmp_path, monkeypatch):
