@@ -243,11 +243,12 @@ def log_odds(model, data: common.Batch, letters: tuple[int, int] | None) -> torc
     states = last_states(model, data)  # (G, K, D)
     if letters is None:
         scores = base_model(model).score(states)[..., 0]  # (G, K)
-        i, j = pairs_of(scores.shape[1])
+        i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1, device=scores.device)  # `pairs_of`
         return scores[:, i] - scores[:, j]
     weight, bias, softcap = head(model)
-    bias = None if bias is None else bias[list(letters)].float()
-    logits = head_logits(states, weight[list(letters)].float(), bias, softcap)  # (G, 2, 2)
+    ids = common.upload(torch.tensor(letters), weight.device)  # (2,)
+    bias = None if bias is None else bias[ids].float()
+    logits = head_logits(states, weight[ids].float(), bias, softcap)  # (G, 2, 2)
     first, second = (logits[..., 0] - logits[..., 1]).unbind(1)  # (G,)
     return torch.stack([first, -second], 1)
 

@@ -130,7 +130,7 @@ def sizes_of(model: str) -> str | None:
 
 
 CACHES = "key-value caches of a step's replies"
-READING = "its prompts read, or their next tokens drawn (about)"
+READING = "prompts read, or next tokens drawn (about)"
 EXCHANGE = "gradients on their way to their owners"
 ACTIVATIONS = "activations of one micro-batch (about)"
 EVALUATED = "key-value caches of the evaluation's replies"
