@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from cleanalign import distributed
 from cleanalign.data import Prompt, Row, load_rows, prompt_text, report_dropped, write_dialogue
-from cleanalign.decoding import Decoder, DraftingDecoder, left_pad, resolve_decoding, round_up
+from cleanalign.decoding import Decoder, Decoders, DraftingDecoder, left_pad, resolve_decoding, round_up
 from cleanalign.errors import UserError
 from cleanalign.models import (
     adapter_switch,
     backbone,
     checkpointing,
     choose_attention,
+    chunk_rows,
     end_tokens,
     head,
     head_logits,
@@ -193,6 +194,7 @@ def sample(
     decoding: str = "auto",
     stats: dict | None = None,
     progress: str | None = None,
+    decoders: Decoders | None = None,
 ) -> list[list[list[int]]]:
     """Sample `completions` replies to every prompt; returns token ids, [prompt][completion][token].
 
@@ -217,6 +219,8 @@ def sample(
             tokens at which both models' most likely token is the same, and where it drafts
             (`DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws
             too.
+        decoders: where buffers and graphs are kept for the next call; None: they go with this one. The tokens
+            are the same.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
@@ -241,9 +245,10 @@ def sample(
     step = max(1, -(-len(order) // batches))  # batches of one size
     drafts = reference is not None and resolve_decoding(decoding, head(model)[0].device) == "eager"
     kind = DraftingDecoder if drafts else Decoder
-    decoder = kind(
-        members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding
-    )
+    decoders = Decoders() if decoders is None else decoders
+    longest = max(longest, decoders.longest)
+    shape = (beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
+    decoder = decoders.get(kind, members, (completions - unmixed, completions), *shape)
     for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
         chunk = order[start : start + step]
         for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
@@ -253,7 +258,7 @@ def sample(
     if stats is not None:
         stats["tokens"] = stats.get("tokens", 0) + own
         stats["warmup_seconds"] = stats.get("warmup_seconds", 0.0) + decoder.warmup_seconds
-        stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen)
+        stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen) - decoder.met
         if reference is not None:
             agreeing, drawn = decoder.agreement.tolist()
             counts = {"agreeing": agreeing, "drawn": drawn}
@@ -377,12 +382,6 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
         return zeros.index_copy(0, batch.counted, numbers).view(G, K, T)
 
     return tuple(map(spread, measured)) if entropy else spread(measured[0])
-
-
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of a (rows, V) float32 chunk of logits: 128 MB of them on a CPU, 512 MB elsewhere. Each chunk
-    rewrites the (V, D) gradient, so few are better."""
-    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
 
 
 class _TokenLogprobs(torch.autograd.Function):

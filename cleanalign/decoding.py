@@ -159,7 +159,18 @@ class Decoder:
         self.uniforms = torch.zeros(R, T, 2 * len(members) - 1, device=device)
         self.ends = torch.tensor(ends, device=device)
         self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
-        self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
+        self.seen, self.graphs, self.pool = set(), {}, None
+        self.begin()
+
+    def begin(self) -> None:
+        """Count anew: what a call of `common.sample` reports is its own."""
+        self.agreement.zero_()
+        self.warmup_seconds, self.met = 0.0, len(self.seen)
+
+    def bytes(self) -> int:
+        """Bytes of its caches and masks."""
+        buffers = [b for cache in self.caches if cache for layer in cache.layers for b in layer.buffers]
+        return sum(x.nbytes for x in [*buffers, self.mask])
 
     def decode(self, prompts: list[list[int]], uniforms: torch.Tensor) -> list[list[list[int]]]:
         """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T, 1), or for a mixture (G, K,
@@ -398,6 +409,9 @@ class DraftingDecoder(Decoder):
         super().__init__(members, *args)
         self.drawn = torch.ones_like(self.row)  # tokens that the row has
         self.by_row.append(self.drawn)
+
+    def begin(self) -> None:
+        super().begin()
         self.accepted, self.compared = 0, 0  # drafts of mixed rows
 
     def _continue(self, sizes, P: int, T: int) -> None:
@@ -486,6 +500,38 @@ class DraftingDecoder(Decoder):
                 use_cache=True,
             )
         return out.last_hidden_state
+
+
+class Decoders:
+    """Decoders that outlive a call of `common.sample`: a step that samples as the last one did finds their
+    caches and captured graphs ready. One for each way to sample; another shape takes its place.
+
+    `longest` tokens have the prompts to come, at the most: caches are made for them.
+    """
+
+    def __init__(self, longest: int = 0):
+        self.longest = longest
+        self.kept: dict[tuple, tuple[tuple, Decoder]] = {}
+
+    def get(self, kind: type[Decoder], members: list, completions: tuple[int, int], *shape) -> Decoder:
+        """The decoder of this kind for these models, (mixed, all) `completions` and other arguments."""
+        way, rest = (kind, *map(id, members), completions), tuple(map(str, shape))
+        kept, decoder = self.kept.pop(way, (None, None))
+        if kept != rest:
+            decoder = None  # first: its memory is for the new one
+            beta, unmixed, G, K, *others = shape
+            decoder = kind(members, beta, unmixed, G, K, *others)
+        decoder.begin()
+        self.kept[way] = rest, decoder
+        return decoder
+
+    def bytes(self) -> int:
+        """Bytes of all caches that are kept."""
+        return sum(decoder.bytes() for _, decoder in self.kept.values())
+
+    def clear(self) -> None:
+        """Give them back."""
+        self.kept.clear()
 
 
 def next_logits(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -169,7 +169,6 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     holds = args.holds()
     states = optimization.bytes_per_weight(args.optimizer_states, models.resolve_dtype(args.dtype, device))
     longest = args.max_prompt_length + args.max_new_tokens
-    tokens = max(args.micro_batch_tokens, longest + args.max_new_tokens)
     reference = weights * item * (holds.reference and not adapter)
     average = own * (4 + item) * holds.average
     loaded, made = (weights + adapter) * item + reference, average + own * sum(states.values())
@@ -193,7 +192,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         CACHES: (replies + mixed) * cache,
         EVALUATED: evaluated * cache,
         READING: max(prompts * models.prefill_bytes(config, item), drawn),
-        ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
+        ACTIVATIONS: training_bytes(args, config, item),
     }
     return {what: n for what, n in needs.items() if n}
 
@@ -221,6 +220,13 @@ def linear_shapes(model) -> list[tuple[int, int]]:
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]
+
+
+def training_bytes(args, config, item: int) -> int:
+    """About how many bytes a micro-batch takes while it trains."""
+    longest = args.max_prompt_length + 2 * args.max_new_tokens
+    tokens = max(args.micro_batch_tokens, longest)
+    return tokens * activation_bytes(config, item, args.gradient_checkpointing)
 
 
 def activation_bytes(config, item: int, checkpointing: bool) -> int:

@@ -401,6 +401,12 @@ PREFILL_TOKENS = 2**14  # prompt tokens in one forward pass
 SAMPLING_SHARE = 0.85  # of the free memory; the rest is for the judge and for what the allocator wastes
 
 
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of a (rows, V) float32 chunk of logits, when log-probs are computed: 128 MB of them on a CPU, 512
+    MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better."""
+    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
+
+
 def require_full_attention(model, longest: int) -> None:
     """Refuse a model in which some layer would not see all of `longest` tokens: its masks are not built here.
 

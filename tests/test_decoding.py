@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 import afd
 import common
 import experiment
+import nash_md
 import selm
 from cleanalign import decoding
 from cleanalign.command_line import saved_args
@@ -427,3 +428,50 @@ def test_rows_are_chosen_for_a_config_without_inner_width(monkeypatch):
     monkeypatch.setattr("cleanalign.models.free_memory", lambda device: 400e6)
     config = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     assert choose_sample_rows(0, [transformers.GPT2LMHeadModel(config)], 40) >= 8
+
+
+@pytest.mark.parametrize("way", ["eager", "graphs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_decoders_draw_the_same_tokens(graphs, dtype, way):
+    """Call after call, bit for bit, with weights that change in between; buffers and graphs are made once."""
+    policy, reference = tiny.model(V, seed=1).to(dtype), tiny.model(V, seed=2).to(dtype)
+    decoders = decoding.Decoders(longest=9)
+    batches = [PROMPTS, [[6, 7, 8], [5], [9], [10, 11, 4, 4, 4, 4, 4, 4, 4]], [[5, 4], [7], [8, 4], [9]]]
+    made = []
+    for seed, prompts in enumerate(batches):
+        for settings in (dict(mixture=(reference, 0.3), unmixed=1, completions=3), dict(completions=2)):
+            settings |= dict(max_new_tokens=30, seed=seed, decoding=way, max_rows=64)
+            plain, ours = {}, {}
+            expected = common.sample(policy, prompts, [END, 7], stats=plain, **settings)
+            assert (
+                common.sample(policy, prompts, [END, 7], stats=ours, decoders=decoders, **settings)
+                == expected
+            )
+            for stats in (plain, ours):
+                del stats["warmup_seconds"], stats["warmup_steps"]
+            assert ours == plain
+        made.append([id(decoder) for _, decoder in decoders.kept.values()])
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.add_(0.01)
+    assert len(made[0]) == 2 and made[0] == made[1] == made[2]
+    assert decoders.bytes() > 0
+    common.sample(policy, PROMPTS[:2], [END], max_new_tokens=30, completions=2, seed=0, decoders=decoders)
+    assert len(decoders.kept) == 2  # another shape took its place
+    decoders.clear()
+    assert decoders.bytes() == 0
+
+
+@pytest.mark.parametrize("free,kept", [(2**40, True), (2**10, False)])
+def test_decoders_are_given_back_where_training_has_no_room(flags, monkeypatch, capsys, tmp_path, free, kept):
+    """The log says which, once; the run's numbers do not depend on it."""
+    monkeypatch.setattr("experiment.free_memory", lambda device: free)
+    sizes = []
+    step = nash_md.train_step
+    monkeypatch.setattr(
+        nash_md, "train_step", lambda exp, *a: sizes.append(exp.decoders.bytes()) or step(exp, *a)
+    )
+    start(nash_md, *flags, "--run-name=x", "--num-prompts=24")
+    said = "kept while the policy trains" if kept else "given back before the policy trains"
+    assert capsys.readouterr().out.count(said) == 1
+    assert all((size > 0) == kept for size in sizes) and len(sizes) == 3

@@ -1,7 +1,13 @@
 """Every script on a GPU that is not there (tests/pretended.py): it does what the CPU does, refuses nothing, and
 how often the host waits for the device is bounded.
 
-MUTANTS
+Seventeen faults were made by hand, one at a time, in a copy; each turned a test red, here or in test_memory.py
+and test_decoding.py: prefill keeps a view of its hidden states; keeps the last part's cache; reads 65,536
+tokens at once; --sample-rows 0 forgets the prefill; a blocking upload in `collate`; a loss read in every
+micro-batch; a boolean index in `completion_logprobs`; an index left on the host; phases that synchronise;
+logits rounded to bfloat16; a look at every token; a captured step that asks; a captured step with the host's
+token number frozen in it; the optimiser's random numbers drawn on the host; a rehearsed phase without a peak;
+a table that takes 64 rows for 0; stages that forget their optimiser.
 """
 
 import json
