@@ -304,7 +304,7 @@ def keep_decoders(exp: Experiment) -> None:
     if exp.args.holds().sampled is None:
         return exp.decoders.clear()
     held, config = exp.decoders.bytes(), base_model(exp.policy).config.get_text_config()
-    needed, free = training_bytes(exp.args, config, exp.dtype.itemsize), free_memory(exp.device)
+    needed, free = training_bytes(exp.args, config, exp.dtype.itemsize, exp.device), free_memory(exp.device)
     room = free is not None and free > 1.5 * needed and (exp.device.type != "cpu" or not exp.run.lean)
     if room != exp.run.keeps_decoders:
         exp.run.keeps_decoders = room

@@ -192,7 +192,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         CACHES: (replies + mixed) * cache,
         EVALUATED: evaluated * cache,
         READING: max(prompts * models.prefill_bytes(config, item), drawn),
-        ACTIVATIONS: training_bytes(args, config, item),
+        ACTIVATIONS: training_bytes(args, config, item, device),
     }
     return {what: n for what, n in needs.items() if n}
 
@@ -222,16 +222,21 @@ def linear_shapes(model) -> list[tuple[int, int]]:
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]
 
 
-def training_bytes(args, config, item: int) -> int:
-    """About how many bytes a micro-batch takes while it trains."""
-    longest = args.max_prompt_length + 2 * args.max_new_tokens
+def training_bytes(args, config, item: int, device: torch.device) -> int:
+    """About how many bytes a micro-batch takes while it trains: its activations; a chunk of its logits, twice in
+    float32; and, where all weights are trained, the gradient of the vocabulary's."""
+    longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
     tokens = max(args.micro_batch_tokens, longest)
-    return tokens * activation_bytes(config, item, args.gradient_checkpointing)
+    eager = models.choose_attention(args.attention, device, longest) == "eager"
+    kept = activation_bytes(config, item, args.gradient_checkpointing, longest if eager else 0)
+    V, D = config.vocab_size, config.hidden_size
+    chunk = 8 * V * min(tokens, models.chunk_rows(V, device))
+    return tokens * kept + chunk + (4 + 2 * item) * V * D * (args.lora_rank == 0)
 
 
-def activation_bytes(config, item: int, checkpointing: bool) -> int:
-    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model;
-    attention's own maps left out.
+def activation_bytes(config, item: int, checkpointing: bool, row: int = 0) -> int:
+    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model. Eager
+    attention leaves its maps too, over `row` tokens: 0 for another, which leaves none.
 
     A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy,
     normalised, scaled), the queries, keys and values as attention takes them (heads repeated), attention's
@@ -240,6 +245,7 @@ def activation_bytes(config, item: int, checkpointing: bool) -> int:
     """
     D, layers = config.hidden_size, config.num_hidden_layers
     one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)
+    one += (4 + 2 * item) * config.num_attention_heads * row
     return layers * item * D + one if checkpointing else layers * one
 
 
