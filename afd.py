@@ -446,7 +446,7 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
     policy in `exp`."""
     args, run = exp.args, exp.run
     exp.policy = exp.load(sft_source, trainable=True)
-    exp.reference = starting_model(exp.policy, str(sft_source), exp.dtype, exp.device, exp.attention)
+    exp.reference = starting_model(exp.policy)
     discriminator = new_reward_model(exp, args.model if args.reward_init == "start" else str(sft_source))
     of_policy, of_discriminator = (
         make_optimiser(model, args.optimizer_states, args.weight_decay)

@@ -231,6 +231,7 @@ class Experiment:
         `more` in it) and curves. What is compared is what was saved: with LoRA the merged weights."""
         self.decoders.clear()
         if self.args.dry_run:
+            self.run.unsaved = None  # the optimiser's state, which a run has saved by now
             with self.run.phase("evaluation"):
                 common.sample(
                     self.policy, self.eval_prompts, self.ends, seed=0, **sampling_settings(self.args)
@@ -286,7 +287,7 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     policy = make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     reference = None
     if holds.reference:
-        reference = starting_model(policy, args.model, dtype, device, attention)
+        reference = starting_model(policy)
     members = [policy] if reference is None else [policy, reference]
     args = replace(args, sample_rows=rows_at_once(args, members, dtype))
     models = policy, reference, *count_weights(policy)

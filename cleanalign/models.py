@@ -13,6 +13,8 @@ Sections, in the order a run meets them:
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import signal
 import threading
 from pathlib import Path
@@ -195,8 +197,9 @@ def load_model(
         source = model_source(name)
         with hub_errors("--model", name):
             config = without_dropout(source)
+            settings = dict(config=config, dtype=dtype, attn_implementation=attention, **straight_to(device))
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, trust_remote_code=False, config=config, dtype=dtype, attn_implementation=attention
+                source, trust_remote_code=False, **settings
             )
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
@@ -208,6 +211,14 @@ def load_model(
         f"--model {name}: this architecture computes its logits in a way that is not supported yet.",
     )
     return model
+
+
+def straight_to(device: torch.device) -> dict:
+    """What tells transformers to read weights tensor by tensor from the file to a GPU. It needs accelerate for
+    that, which peft brings along; without it they all pass through host memory first."""
+    if device.type != "cuda" or importlib.util.find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": device}}
 
 
 def try_template(tokenizer, what: str, seconds: int = 30) -> None:
@@ -367,12 +378,15 @@ class LoraReference:
         self.policy = policy
 
 
-def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
-    """The frozen starting model beside `policy`: a second
-    copy, or for LoRA the policy's own weights unadapted."""
+def starting_model(policy):
+    """The frozen starting model beside `policy`, which has not been trained yet: a copy of its weights, made
+    where they are, or for LoRA its own weights unadapted."""
     if hasattr(policy, "disable_adapter"):
         return LoraReference(policy)
-    return load_model(name, dtype, device, attention)
+    reference = copy.deepcopy(policy)
+    if reference.is_gradient_checkpointing:
+        reference.gradient_checkpointing_disable()
+    return reference.eval().requires_grad_(False)
 
 
 def adapter_switch(model):

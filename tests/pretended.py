@@ -17,6 +17,7 @@ with devices; `Kernels` sees what reaches torch's dispatcher, the backward pass 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections import Counter
@@ -328,6 +329,8 @@ def cuda(free: int = 78 * 2**30):
         graph=capture,
     )
     with contextlib.ExitStack() as stack:
+        # transformers would load weights in threads, which do not know of this GPU
+        stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))

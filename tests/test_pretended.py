@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from pretended import Refused, cuda
 from running import metrics_of, start, summary_of
 
@@ -29,6 +30,7 @@ import selm
 import spin
 from cleanalign import dry_run
 from cleanalign.errors import UserError
+from cleanalign.models import load_model, make_trainable, starting_model
 from cleanalign.run import Run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -261,3 +263,26 @@ def test_a_replay_reads_what_is_there_now():
         x.fill_(3)
         graph.replay()
         assert y.tolist() == [6, 6]
+
+
+def test_weights_go_straight_to_the_gpu(world, monkeypatch):
+    """Tensor by tensor from the file, and the reference is copied where the policy is, not read again."""
+    calls = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **named: calls.append(named.get("device_map")) or load(*a, **named),
+    )
+    plain = load_model(f"{world}/model", torch.float32, CPU)
+    with cuda():
+        policy = make_trainable(load_model(f"{world}/model", torch.float32, GPU), 0, 0, True)
+        reference = starting_model(policy)
+        for model in (policy, reference):
+            tensors = [*model.parameters(), *model.buffers()]
+            assert all(x.device.type == "cuda" for x in tensors)
+            for ours, theirs in zip(tensors, [*plain.parameters(), *plain.buffers()], strict=True):
+                torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0)
+        assert not reference.is_gradient_checkpointing and policy.is_gradient_checkpointing
+        assert not any(weight.requires_grad for weight in reference.parameters())
+    assert calls == [None, {"": GPU}]
