@@ -224,14 +224,19 @@ def linear_shapes(model) -> list[tuple[int, int]]:
 
 def training_bytes(args, config, item: int, device: torch.device) -> int:
     """About how many bytes a micro-batch takes while it trains: its activations; a chunk of its logits, twice in
-    float32; and, where all weights are trained, the gradient of the vocabulary's."""
+    float32; and, where all weights are trained, the gradient of the vocabulary's. (With checkpointing the last
+    two are gone when the first layer is computed again.)"""
     longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
     tokens = max(args.micro_batch_tokens, longest)
     eager = models.choose_attention(args.attention, device, longest) == "eager"
-    kept = activation_bytes(config, item, args.gradient_checkpointing, longest if eager else 0)
+    whole = tokens * activation_bytes(config, item, False, longest if eager else 0)
     V, D = config.vocab_size, config.hidden_size
     chunk = 8 * V * min(tokens, models.chunk_rows(V, device))
-    return tokens * kept + chunk + (4 + 2 * item) * V * D * (args.lora_rank == 0)
+    scoring = chunk + (4 + 2 * item) * V * D * (args.lora_rank == 0)
+    if args.gradient_checkpointing:
+        layers = config.num_hidden_layers
+        return tokens * layers * item * D + max(whole // layers, scoring)
+    return whole + scoring
 
 
 def activation_bytes(config, item: int, checkpointing: bool, row: int = 0) -> int:
