@@ -226,13 +226,15 @@ def training_bytes(args, config, item: int, device: torch.device) -> int:
     """About how many bytes a micro-batch takes while it trains: its activations; a chunk of its logits, twice in
     float32; and, where all weights are trained, the gradient of the vocabulary's. (With checkpointing the last
     two are gone when the first layer is computed again.)"""
-    longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
+    replies = args.holds().completions * args.max_new_tokens
+    longest = args.max_prompt_length + replies
     tokens = max(args.micro_batch_tokens, longest)
     eager = models.choose_attention(args.attention, device, longest) == "eager"
     whole = tokens * activation_bytes(config, item, False, longest if eager else 0)
     V, D = config.vocab_size, config.hidden_size
-    chunk = 8 * V * min(tokens, models.chunk_rows(V, device))
-    scoring = chunk + (4 + 2 * item) * V * D * (args.lora_rank == 0)
+    scored, rows = tokens * replies // longest, models.chunk_rows(V, device)
+    gradient = item if scored <= rows else 4 + 2 * item  # several chunks are summed in float32
+    scoring = 8 * V * min(scored, rows) + gradient * V * D * (args.lora_rank == 0)
     if args.gradient_checkpointing:
         layers = config.num_hidden_layers
         return tokens * layers * item * D + max(whole // layers, scoring)
