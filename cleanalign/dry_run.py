@@ -223,9 +223,9 @@ def linear_shapes(model) -> list[tuple[int, int]]:
 
 
 def training_bytes(args, config, item: int, device: torch.device) -> int:
-    """About how many bytes a micro-batch takes while it trains: its activations; a chunk of its logits, twice in
-    float32; and, where all weights are trained, the gradient of the vocabulary's. (With checkpointing the last
-    two are gone when the first layer is computed again.)"""
+    """About how many bytes a micro-batch takes while it trains: its activations; a chunk of its logits, twice
+    in float32; and, where all weights are trained, the gradient of the vocabulary's. (With checkpointing the
+    last two are gone when the first layer is computed again.)"""
     replies = args.holds().completions * args.max_new_tokens
     longest = args.max_prompt_length + replies
     tokens = max(args.micro_batch_tokens, longest)

@@ -214,8 +214,8 @@ def load_model(
 
 
 def straight_to(device: torch.device) -> dict:
-    """What tells transformers to read weights tensor by tensor from the file to a GPU. It needs accelerate for
-    that, which peft brings along; without it they all pass through host memory first."""
+    """What tells transformers to read weights tensor by tensor from the file to a GPU. It needs accelerate
+    for that, which peft brings along; without it they all pass through host memory first."""
     if device.type != "cuda" or importlib.util.find_spec("accelerate") is None:
         return {}
     return {"device_map": {"": device}}
