@@ -458,7 +458,7 @@ def train_adversarial(exp: StagedExperiment, sft_source, train: Split) -> None:
     policy in `exp`."""
     args, run = exp.args, exp.run
     exp.policy = exp.load(sft_source, trainable=True)
-    exp.reference = starting_model(exp.policy, str(sft_source), exp.dtype, exp.device, exp.attention)
+    exp.reference = starting_model(exp.policy)
     discriminator = new_reward_model(exp, args.model if args.reward_init == "start" else str(sft_source))
     of_policy, of_discriminator = (
         make_optimiser(model, args.optimizer_states, args.weight_decay)
@@ -572,7 +572,7 @@ def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, 
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
-        advantage = torch.tensor([g.advantage for g in groups], device=exp.device).flatten()  # (G*K,)
+        advantage = common.pad_rows([g.advantage for g in groups], 0.0, exp.device).flatten()  # (G*K,)
         with torch.no_grad():
             reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, K, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)
@@ -800,7 +800,7 @@ def train_dpo(exp: StagedExperiment, stage: Stage, policy, examples: list[Exampl
     beta = exp.args.beta
 
     def loss_of(examples, data):
-        temperature = common.pad_rows([e.temperature for e in examples], 1.0, exp.device)  # (G, 2)
+        temperature = common.pad_rows([e.temperature for e in examples], 1.0, "cpu")  # (G, 2)
         reference = common.pad_rows([e.reference for e in examples], 0.0, exp.device)  # (G, 2)
         sums = common.completion_logprobs(policy, data, temperature).sum(-1)  # (G, 2)
         loss = dpo_loss(sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], beta)

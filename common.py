@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from cleanalign import distributed
 from cleanalign.data import Prompt, Row, load_rows, prompt_text, report_dropped, write_dialogue
-from cleanalign.decoding import Decoder, DraftingDecoder, left_pad, resolve_decoding, round_up
+from cleanalign.decoding import Decoder, Decoders, DraftingDecoder, left_pad, resolve_decoding, round_up
 from cleanalign.errors import UserError
 from cleanalign.models import (
     adapter_switch,
     backbone,
     checkpointing,
     choose_attention,
+    chunk_rows,
     end_tokens,
     head,
     head_logits,
@@ -44,6 +45,7 @@ from cleanalign.models import (
     resolve_dtype,
     save_model,
     starting_model,
+    upload,
 )
 
 # For a notebook one import does: what it needs to load a model and data stands beside what works on text.
@@ -80,6 +82,7 @@ __all__ = [
     "shares",
     "starting_model",
     "turn_end",
+    "upload",
 ]
 
 
@@ -191,6 +194,7 @@ def sample(
     decoding: str = "auto",
     stats: dict | None = None,
     progress: str | None = None,
+    decoders: Decoders | None = None,
 ) -> list[list[list[int]]]:
     """Sample `completions` replies to every prompt; returns token ids, [prompt][completion][token].
 
@@ -215,6 +219,8 @@ def sample(
             tokens at which both models' most likely token is the same, and where it drafts
             (`DraftingDecoder`) `draft_acceptance`, the share of the policy's drafts that the mixture draws
             too.
+        decoders: where buffers and graphs are kept for the next call; None: they go with this one. The tokens
+            are the same.
 
     Raises `UserError` for an architecture that `require_full_attention` refuses.
     """
@@ -239,9 +245,10 @@ def sample(
     step = max(1, -(-len(order) // batches))  # batches of one size
     drafts = reference is not None and resolve_decoding(decoding, head(model)[0].device) == "eager"
     kind = DraftingDecoder if drafts else Decoder
-    decoder = kind(
-        members, beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding
-    )
+    decoders = Decoders() if decoders is None else decoders
+    longest = max(longest, decoders.longest)
+    shape = (beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
+    decoder = decoders.get(kind, members, (completions - unmixed, completions), *shape)
     for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
         chunk = order[start : start + step]
         for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
@@ -251,7 +258,7 @@ def sample(
     if stats is not None:
         stats["tokens"] = stats.get("tokens", 0) + own
         stats["warmup_seconds"] = stats.get("warmup_seconds", 0.0) + decoder.warmup_seconds
-        stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen)
+        stats["warmup_steps"] = stats.get("warmup_steps", 0) + len(decoder.seen) - decoder.met
         if reference is not None:
             agreeing, drawn = decoder.agreement.tolist()
             counts = {"agreeing": agreeing, "drawn": drawn}
@@ -277,6 +284,7 @@ class Batch:
     source: torch.Tensor  # (K, T) index into L of the position that predicts each completion token
     targets: torch.Tensor  # (G, K, T) the completions' token ids
     mask: torch.Tensor  # (G, K, T) float, 1 = counts
+    counted: torch.Tensor  # (scored,) index into G·K·T of the tokens that count: asking the mask would wait
     tokens: int  # of the G·L places, those that hold a token; the rest is padding
     scored: int  # completion tokens, each of which gets a log-prob
 
@@ -317,8 +325,9 @@ def collate(prompts: list[list[int]], completions: list[list[list[int]]], device
     allowed = structure & real[:, None, :]
     source = P + torch.arange(K)[:, None] * (T - 1) + torch.arange(T) - 1  # (K, T)
     source[:, 0] = P - 1
-    tensors = (x.to(device) for x in (input_ids, allowed, position_ids, source, targets, mask))
-    return Batch(*tensors, *count_tokens(prompts, completions))
+    counted = mask.flatten().nonzero()[:, 0]
+    tensors = (input_ids, allowed, position_ids, source, targets, mask, counted)
+    return Batch(*(upload(x, device) for x in tensors), *count_tokens(prompts, completions))
 
 
 def count_tokens(prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[int, int]:
@@ -350,7 +359,7 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
 
     Args:
         temperature: divides the logits; a float, or (G, K) where completions differ (own samples at the
-            sampling temperature, a data set's at 1).
+            sampling temperature, a data set's at 1), best on the host.
         entropy: also return the entropy in nats of each token's distribution, (G, K, T), without gradient.
 
     The vocabulary projection runs over counted positions only, in chunks, and again in backward, so that no
@@ -358,26 +367,21 @@ def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor =
     """
     G, K, T = batch.mask.shape
     weight, bias, softcap = head(model)
-    hidden = completion_hidden(model, batch)  # (G, K, T, D)
-    counted = batch.mask.bool()
+    hidden = completion_hidden(model, batch).flatten(0, 2)[batch.counted]  # (N, D)
+    targets = batch.targets.flatten()[batch.counted]  # (N,)
     if not isinstance(temperature, torch.Tensor):
-        temperature = torch.full((G, K), float(temperature), device=weight.device)
-    per_token = temperature.to(weight.device)[:, :, None].expand(G, K, T)[counted]
-    # (N, 1): a division of (N, V) logits by 1 is a pass over memory
-    divisor = None if (per_token == 1).all() else per_token[:, None]
-    logprobs, entropies = _TokenLogprobs.apply(
-        hidden[counted], weight, bias, batch.targets[counted], divisor, softcap, entropy
-    )
-    result = torch.zeros(G, K, T, device=weight.device).masked_scatter(counted, logprobs)
-    if not entropy:
-        return result
-    return result, torch.zeros_like(result).masked_scatter(counted, entropies)
+        temperature = torch.full((G, K), float(temperature))
+    divisor = None  # a division of (N, V) logits by 1 is a pass over memory
+    if temperature.device.type != "cpu" or (temperature != 1).any():
+        per_token = temperature[:, :, None].expand(G, K, T).flatten()
+        divisor = upload(per_token, weight.device)[batch.counted, None]  # (N, 1)
+    measured = _TokenLogprobs.apply(hidden, weight, bias, targets, divisor, softcap, entropy)
 
+    def spread(numbers):  # (N,) to (G, K, T)
+        zeros = torch.zeros(G * K * T, device=weight.device)
+        return zeros.index_copy(0, batch.counted, numbers).view(G, K, T)
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of a (rows, V) float32 chunk of logits: 128 MB of them on a CPU, 512 MB elsewhere. Each chunk
-    rewrites the (V, D) gradient, so few are better."""
-    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
+    return tuple(map(spread, measured)) if entropy else spread(measured[0])
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -452,27 +456,32 @@ def sequence_logprobs(
     model, prompts, completions, temperature, device, micro_batch_tokens: int, progress: str | None = None
 ) -> list[list[float]]:
     """Summed log-probs without gradient, [prompt][completion], for any number of prompts; `temperature` as in
-    `completion_logprobs`, per prompt if a list of (K,) lists."""
+    `completion_logprobs`, per prompt if a list of (K,) lists. They are read from the device together."""
     result: list = [None] * len(prompts)
+    sums = []
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
-    for part in shares(prompts, completions, micro_batch_tokens)[distributed.rank()]:
+    parts = shares(prompts, completions, micro_batch_tokens)[distributed.rank()]
+    for part in parts:
         batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)
         heat = (
             temperature
             if not isinstance(temperature, list)
-            else pad_rows([temperature[i] for i in part], 1.0, device)
+            else pad_rows([temperature[i] for i in part], 1.0, "cpu")
         )
-        sums = completion_logprobs(model, batch, heat).sum(-1).tolist()
-        for i, row in zip(part, sums, strict=True):
-            result[i] = row[: len(completions[i])]
+        sums.append(completion_logprobs(model, batch, heat).sum(-1).flatten())  # (G·K,)
         bar.update(len(part))
+    flat = iter(torch.cat(sums).tolist() if sums else [])
+    for part in parts:
+        K = max(len(completions[i]) for i in part)
+        for i in part:
+            result[i] = [next(flat) for _ in range(K)][: len(completions[i])]
     return distributed.merge(result)
 
 
 def pad_rows(rows: list[list[float]], fill: float, device) -> torch.Tensor:
     """Ragged lists of numbers as one (G, K) float32 tensor."""
     K = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (K - len(row))] for row in rows], device=device)
+    return upload(torch.tensor([[*row, *[fill] * (K - len(row))] for row in rows]), device)
 
 
 # --- micro-batches ---

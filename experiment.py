@@ -25,10 +25,11 @@ from cleanalign import distributed
 from cleanalign.command_line import command_line, parse
 from cleanalign.comparison import versus
 from cleanalign.data import Row, load_file, load_rows, prompt_text, require_no_leak, select_by_score
-from cleanalign.decoding import resolve_decoding
-from cleanalign.dry_run import Holds, require_room
+from cleanalign.decoding import Decoders, resolve_decoding
+from cleanalign.dry_run import GIB, Holds, free_memory, require_room, training_bytes
 from cleanalign.errors import require
 from cleanalign.models import (
+    base_model,
     choose_attention,
     choose_sample_rows,
     end_tokens,
@@ -174,6 +175,7 @@ class Experiment:
     trained_weights: int = 0
     run: Run | None = None
     state: dict | None = None  # the checkpoint that a resumed run goes on from
+    decoders: Decoders = field(default_factory=Decoders)
 
     def begin(self, steps: int, comparisons: int = 0) -> None:
         """Make the run folder, or go on in it. Call it once arguments, data and model are known to be good.
@@ -204,17 +206,21 @@ class Experiment:
 
     def sample(self, prompts: list[list[int]], seed: int, completions: int = 1, model=None, **more):
         """Replies [prompt][completion] of `model` (None: the policy), and `common.sample`'s stats; `more` are
-        its other arguments."""
-        stats: dict = {}
+        its other arguments. A rehearsal first decodes as many rows as the run will: the prompts again, whose
+        replies are dropped."""
+        asked, stats = len(prompts), {}
+        if self.args.dry_run and "sampling" not in self.run.phases and self.args.holds().sampled is None:
+            fill = self.args.sample_rows // completions * distributed.world()
+            prompts = [prompts[i % asked] for i in range(max(fill, asked))]
         settings = {**sampling_settings(self.args), **more}
         with self.run.phase("sampling"):
             chosen = self.policy if model is None else model
-            replies = common.sample(
-                chosen, prompts, self.ends, completions=completions, seed=seed, stats=stats, **settings
-            )
+            settings |= dict(completions=completions, seed=seed, stats=stats, decoders=self.decoders)
+            replies = common.sample(chosen, prompts, self.ends, **settings)
+        keep_decoders(self)
         self.run.set_apart("sampling", "decoder warm-up", stats["warmup_seconds"])
         self.run.add_tokens("sampling", stats["tokens"])
-        return replies, stats
+        return replies[:asked], stats
 
     def texts(self, replies: list[list[list[int]]], judge: Judge | None = None) -> list[list[str]]:
         """[prompt][completion] token ids as text; with a judge as it reads them, perhaps with an end token
@@ -229,7 +235,13 @@ class Experiment:
     def finish(self, curves: tuple[str, ...], more: dict | None = None) -> None:
         """Save the policy; then compare it with the starting model on held-out prompts; write summary (with
         `more` in it) and curves. What is compared is what was saved: with LoRA the merged weights."""
+        self.decoders.clear()
         if self.args.dry_run:
+            self.run.unsaved = None  # the optimiser's state, which a run has saved by now
+            with self.run.phase("evaluation"):
+                common.sample(
+                    self.policy, self.eval_prompts, self.ends, seed=0, **sampling_settings(self.args)
+                )
             return self.run.finish_dry_run(self.policy)
         folder = self.run.folder / "model"
         if self.trained:
@@ -281,13 +293,32 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     policy = make_trainable(policy, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     reference = None
     if holds.reference:
-        reference = starting_model(policy, args.model, dtype, device, attention)
+        reference = starting_model(policy)
     members = [policy] if reference is None else [policy, reference]
     args = replace(args, sample_rows=rows_at_once(args, members, dtype))
     models = policy, reference, *count_weights(policy)
-    return Experiment(
+    exp = Experiment(
         script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge, *train, *test, *models
     )
+    exp.decoders.longest = max(map(len, exp.prompts))
+    return exp
+
+
+def keep_decoders(exp: Experiment) -> None:
+    """After sampling: keep the decoders for the next step where training has room beside them, else give them
+    back; say which when it changes. A script that samples once for many steps keeps none, nor does a CPU run
+    whose micro-batches say that little memory matters more than speed."""
+    if exp.args.holds().sampled is None:
+        return exp.decoders.clear()
+    held, config = exp.decoders.bytes(), base_model(exp.policy).config.get_text_config()
+    needed, free = training_bytes(exp.args, config, exp.dtype.itemsize, exp.device), free_memory(exp.device)
+    room = free is not None and free > 1.5 * needed and (exp.device.type != "cpu" or not exp.run.lean)
+    if room != exp.run.keeps_decoders:
+        exp.run.keeps_decoders = room
+        what = "kept while the policy trains" if room else "given back before the policy trains"
+        print(f"caches of the replies, {held / GIB:.2f} GiB: {what}", flush=True)
+    if not room:
+        exp.decoders.clear()
 
 
 def announce_costs(exp: Experiment, comparisons: int) -> None:
@@ -459,9 +490,9 @@ def set_up_stages(script: str, args) -> StagedExperiment:
     longest = args.max_prompt_length + args.holds().completions * args.max_new_tokens
     attention = choose_attention(args.attention, device, longest)
     start = load_model(args.model, dtype, device, attention)
-    args = replace(args, sample_rows=rows_at_once(args, [start, start], dtype))
     ends = end_tokens(start, tokenizer)
     policy = make_trainable(start, args.lora_rank, args.lora_alpha, gradient_checkpointing=False)
+    args = replace(args, sample_rows=rows_at_once(args, [policy, policy], dtype))
     weights, trained = count_weights(policy)
     exp = StagedExperiment(script, args, device, dtype, attention, tokenizer, ends, judge, eval_judge)
     exp.weights, exp.trained_weights = weights, trained

@@ -131,7 +131,8 @@ class Args(RunArgs):
 
     def holds(self) -> Holds:
         """Beside the policy: the reference. A row of training holds a prompt's two replies."""
-        return Holds(completions=2)
+        pairs = 2 * self.batch_size
+        return Holds(completions=2, sampled=(pairs, pairs if 0 < self.beta < 1 else 0))
 
     def for_all_weights(self) -> Args:
         """A recipe of an adapter with --lora-rank 0: a hundredth of its learning rate (docs/selm.md)."""
@@ -313,7 +314,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         pairs = [batch[i] for i in part]
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
-        label = torch.tensor([p.label for p in pairs], device=exp.device)  # (G,)
+        label = common.upload(torch.tensor([p.label for p in pairs]), exp.device)  # (G,)
         with torch.no_grad(), run.phase("reference"):
             reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, 2, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, 2, T)

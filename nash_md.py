@@ -138,7 +138,9 @@ class Args(RunArgs):
         """Beside the policy: the reference, and the EMA opponent.
         A row of training holds a prompt's K replies."""
         average = self.opponent == "ema" and self.objective == "nash"  # RLHF has no opponent
-        return Holds(average=average, completions=self.samples_per_prompt)
+        K, mixture = self.samples_per_prompt, self.opponent == "mixture" and self.objective == "nash"
+        sampled = (self.batch_size * (K + 1), self.batch_size * mixture)
+        return Holds(average=average, completions=K, sampled=sampled)
 
     def for_all_weights(self) -> Args:
         """A recipe of an adapter with --lora-rank 0: a hundredth of its learning rate (docs/selm.md)."""
@@ -409,8 +411,8 @@ def train_step(exp: Experiment, optimiser, batch: list[Group], step: int, learni
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
-        preference = torch.tensor([g.preference for g in groups], device=exp.device).flatten()  # (G*K,)
-        baseline = torch.tensor([g.baseline for g in groups], device=exp.device).flatten()  # (G*K,)
+        preference = common.pad_rows([g.preference for g in groups], 0.0, exp.device).flatten()  # (G*K,)
+        baseline = common.pad_rows([g.baseline for g in groups], 0.0, exp.device).flatten()  # (G*K,)
         with torch.no_grad(), run.phase("reference"):
             reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, K, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)

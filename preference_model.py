@@ -247,11 +247,12 @@ def log_odds(model, data: common.Batch, letters: tuple[int, int] | None) -> torc
     states = last_states(model, data)  # (G, K, D)
     if letters is None:
         scores = base_model(model).score(states)[..., 0]  # (G, K)
-        i, j = pairs_of(scores.shape[1])
+        i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1, device=scores.device)  # `pairs_of`
         return scores[:, i] - scores[:, j]
     weight, bias, softcap = head(model)
-    bias = None if bias is None else bias[list(letters)].float()
-    logits = head_logits(states, weight[list(letters)].float(), bias, softcap)  # (G, 2, 2)
+    ids = common.upload(torch.tensor(letters), weight.device)  # (2,)
+    bias = None if bias is None else bias[ids].float()
+    logits = head_logits(states, weight[ids].float(), bias, softcap)  # (G, 2, 2)
     first, second = (logits[..., 0] - logits[..., 1]).unbind(1)  # (G,)
     return torch.stack([first, -second], 1)
 
@@ -442,7 +443,9 @@ def train(exp: StagedExperiment, model, examples: list[Example], letters: tuple[
 
     def loss_of(examples, data):
         targets = [example.preferences for example in examples]
-        preferences = torch.tensor(targets, device=exp.device)  # (G, O); (G, 1) for both orders of one pair
+        preferences = common.upload(
+            torch.tensor(targets), exp.device
+        )  # (G, O); (G, 1) for both orders of one pair
         z = log_odds(model, data, letters)  # (G, O)
         p = z.detach().sigmoid()
         agrees = ((p > 0.5) == (preferences > 0.5)) & (p != 0.5)

@@ -109,15 +109,18 @@ def rewards_of(
     groups: list[list[list[int]]],
     progress: str | None = None,
 ) -> torch.Tensor:
-    """(G, M) rewards of M completions to each of G prompts."""
+    """(G, M) rewards of M completions to each of G prompts, read from the device together."""
     hide = exp.args.hide_end
     read = [[as_read(completion, exp.ends, hide) for completion in group] for group in groups]
     result: list = [None] * len(prompts)
+    scores = []
     parts = common.shares(prompts, read, 4 * exp.args.micro_batch_tokens)[distributed.rank()]
     for part in tqdm(parts, desc=progress, leave=False, disable=progress is None):
         data = collate_read([prompts[i] for i in part], [read[i] for i in part], exp.device)
-        for i, row in zip(part, reward_scores(model, data).tolist(), strict=True):
-            result[i] = row
+        scores.append(reward_scores(model, data))  # (g, M)
+    order = [i for part in parts for i in part]
+    for i, row in zip(order, torch.cat(scores).tolist() if scores else [], strict=True):
+        result[i] = row
     return torch.tensor(distributed.merge(result))
 
 

@@ -141,7 +141,8 @@ class Args(RunArgs):
     def holds(self) -> Holds:
         """Beside the policy nothing: π_ref = π_t gives its log-probs before it trains. XPO's reference stays
         fixed. A row of training holds chosen, rejected and perhaps y_s."""
-        return Holds(reference=self.exploration == "xpo", completions=3)
+        xpo = self.exploration == "xpo"
+        return Holds(reference=xpo, completions=3, sampled=(self.batch_size, 0) if xpo else None)
 
     def for_all_weights(self) -> Args:
         """A recipe of the paper with --lora-rank 0: the paper's learning rates."""
@@ -430,7 +431,7 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         pairs = [batch[i] for i in part]
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
-        temperature = common.pad_rows([p.temperature for p in pairs], 1.0, exp.device)  # (G, K)
+        temperature = common.pad_rows([p.temperature for p in pairs], 1.0, "cpu")  # (G, K)
         reference = common.pad_rows([p.reference for p in pairs], 0.0, exp.device)  # (G, K)
         self_weights = common.pad_rows([p.self_weights for p in pairs], 0.0, exp.device)  # (G, K)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)

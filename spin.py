@@ -227,7 +227,7 @@ def train_spin(exp: StagedExperiment, stage: Stage, policy, examples: list[Examp
     beta = exp.args.beta
 
     def loss_of(examples, data):
-        temperature = common.pad_rows([e.temperature for e in examples], 1.0, exp.device)  # (G, 2)
+        temperature = common.pad_rows([e.temperature for e in examples], 1.0, "cpu")  # (G, 2)
         reference = common.pad_rows([e.reference for e in examples], 0.0, exp.device)  # (G, 2)
         sums = common.completion_logprobs(policy, data, temperature).sum(-1)  # (G, 2)
         loss = spin_loss(sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], beta)

@@ -4,6 +4,7 @@ low-memory optimiser loses.
     python benchmark/training.py utilisation    # share of the matmul peak, and where the time goes
     python benchmark/training.py memory         # peak of 4 × 1,024 tokens with a vocabulary of 128,256
     python benchmark/training.py states         # float32, --optimizer-states bfloat16, plain bfloat16
+    python benchmark/training.py logits         # what log-probs lose to logits rounded to bfloat16
     python benchmark/training.py foreseen       # what selm.py's recipes will hold, by method, as a table
 
 Each writes its part of benchmark/results/training.json. On two cores `utilisation` and `memory` take under a
@@ -38,7 +39,7 @@ from cleanalign.phases import keep_freed_memory
 
 
 def main(
-    part: tyro.conf.Positional[Literal["utilisation", "memory", "states", "foreseen"]],
+    part: tyro.conf.Positional[Literal["utilisation", "memory", "states", "logits", "foreseen"]],
     rounds: int = 8,
     steps: int = 24,
     device: str = "auto",
@@ -47,7 +48,7 @@ def main(
     """Measure one part and write it.
 
     Args:
-        part: utilisation, memory, states or foreseen.
+        part: utilisation, memory, states, logits or foreseen.
         rounds: training steps timed (utilisation).
         steps: training steps of each optimiser (states).
         device: auto, cpu, cuda or mps.
@@ -57,6 +58,7 @@ def main(
         "utilisation": lambda: utilisation(device, rounds),
         "memory": memory,
         "states": lambda: states(device, steps),
+        "logits": logits,
         "foreseen": recipes_foreseen,
     }[part]()
     file = Path(out)
@@ -254,6 +256,36 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> float:
     return sum(torch.dot(x.double(), y.double()).item() for x, y in zip(a.split(2**24), b.split(2**24)))
 
 
+# --- logits ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits() -> dict:
+    """Log-probs of a real model's own tokens from the same bfloat16 hidden states and weights, once from
+    float32 logits and once from logits rounded to bfloat16: nats a token, and of replies of 1,024 tokens."""
+    model = load_model("smollm2-135m", torch.bfloat16, torch.device("cpu"))
+    prompts = [[1, 5 + i, 17] for i in range(8)]
+    ends, length = [-1], 256
+    replies = common.sample(model, prompts, ends, max_new_tokens=length, seed=0, max_rows=8)
+    batch = common.collate(prompts, replies, "cpu")
+    hidden = common.completion_hidden(model, batch).flatten(0, 2)[batch.counted]  # (N, D)
+    targets = batch.targets.flatten()[batch.counted, None]  # (N, 1)
+    weight = head(model)[0]
+    exact = hidden.float() @ weight.float().T  # (N, V)
+    of_exact, of_rounded = (
+        x.log_softmax(-1).gather(1, targets)[:, 0] for x in (exact, exact.bfloat16().float())
+    )
+    error = (of_rounded - of_exact).double()  # (N,)
+    return {
+        "tokens": len(error),
+        "greatest_logit": exact.max().item(),
+        "mean_greatest_logit": exact.amax(-1).mean().item(),
+        "error_mean": error.mean().item(),
+        "error_std": error.std().item(),
+        "error_std_of_1024_tokens": error.std().item() * 1024**0.5,
+    }
+
+
 # --- foreseen -----------------------------------------------------------------------------------
 
 
@@ -265,12 +297,12 @@ def recipes_foreseen() -> dict:
         "all weights, float32 states": {"lora_rank": 0},
         "all weights, bfloat16 states": {"lora_rank": 0, "optimizer_states": "bfloat16"},
     }
-    table = {}
+    table, transient = {}, [what for names in dry_run.TRANSIENT.values() for what in names]
     for model in synthetic.CONFIGS:
         args = replace(selm.PAPER, model=model, dtype="bfloat16", exploration="xpo", sample_rows=128)
         for method, change in methods.items():
             needs = dry_run.foreseen(replace(args, **change), torch.device("cpu"))
-            static = sum(n for what, n in needs.items() if what not in (dry_run.ACTIVATIONS, dry_run.CACHES))
+            static = sum(n for what, n in needs.items() if what not in transient)
             table.setdefault(model, {})[method] = gib(static)
         table[model]["caches, 128 rows of 1,536 tokens"] = gib(needs[dry_run.CACHES])
         table[model]["activations, 8,192 tokens, checkpointed"] = gib(needs[dry_run.ACTIVATIONS])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import transformers
 
 from cleanalign.errors import UserError, require
-from cleanalign.models import PREFILL_TOKENS, adapter_switch, backbone, head, head_logits
+from cleanalign.models import PREFILL_TOKENS, adapter_switch, backbone, head, head_logits, upload
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -36,7 +36,7 @@ def left_pad(prompts: list[list[int]], device, multiple: int = 1) -> tuple[torch
     for i, prompt in enumerate(prompts):
         ids[i, P - len(prompt) :] = torch.tensor(prompt)
         mask[i, P - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+    return upload(ids, device), upload(mask, device)
 
 
 def resolve_decoding(decoding: str, device: torch.device) -> str:
@@ -159,16 +159,28 @@ class Decoder:
         self.uniforms = torch.zeros(R, T, 2 * len(members) - 1, device=device)
         self.ends = torch.tensor(ends, device=device)
         self.agreement = integers(2)  # tokens at which both models' favourites agree; all tokens
-        self.seen, self.graphs, self.pool, self.warmup_seconds = set(), {}, None, 0.0
+        self.seen, self.graphs, self.pool = set(), {}, None
+        self.begin()
+
+    def begin(self) -> None:
+        """Count anew: what a call of `common.sample` reports is its own."""
+        self.agreement.zero_()
+        self.warmup_seconds, self.met = 0.0, len(self.seen)
+
+    def bytes(self) -> int:
+        """Bytes of its caches and masks."""
+        buffers = [b for cache in self.caches if cache for layer in cache.layers for b in layer.buffers]
+        return sum(x.nbytes for x in [*buffers, self.mask])
 
     def decode(self, prompts: list[list[int]], uniforms: torch.Tensor) -> list[list[list[int]]]:
         """Replies to G prompts, [prompt][completion][token]; uniforms (G, K, T, 1), or for a mixture (G, K,
         T, 3)."""
         G, K, T, _ = uniforms.shape
         order = [*range(K - self.kinds[0], K), *range(K - self.kinds[0])]  # of the completions
-        self.uniforms[: G * K] = uniforms[:, order].transpose(0, 1).flatten(0, 1)
+        device = self.token.device
+        self.uniforms[: G * K] = upload(uniforms[:, order].transpose(0, 1).flatten(0, 1), device)
         self.tokens.fill_(-1)
-        self.row[: G * K] = torch.arange(G * K)
+        self.row[: G * K] = torch.arange(G * K, device=device)
         self.finished.zero_()
         self.t.zero_()
         sizes = tuple(G * k for k in self.kinds)
@@ -212,12 +224,13 @@ class Decoder:
                         past_key_values=cache,
                         use_cache=True,
                     )
-                hidden.append(out.last_hidden_state[:, -1])
+                hidden.append(out.last_hidden_state[:, -1].clone())  # a view would keep all of them
                 if self.caches[i] is None:
                     self.caches[i] = self._new_cache(cache, rows=sum(self.full) if i == 0 else self.full[0])
                 for static, layer in zip(self.caches[i].layers, cache.layers, strict=True):
                     for buffer, new in zip(static.buffers, (layer.keys, layer.values), strict=True):
                         buffer[: K * G].unflatten(0, (K, G))[:, part, :, :P] = new
+                del cache, out, layer, new  # before the next part makes its own
             last.append(torch.cat(hidden).repeat(K, 1))  # (K·G, D)
         blocked = torch.finfo(self.mask.dtype).min
         self.mask.fill_(blocked)
@@ -396,6 +409,9 @@ class DraftingDecoder(Decoder):
         super().__init__(members, *args)
         self.drawn = torch.ones_like(self.row)  # tokens that the row has
         self.by_row.append(self.drawn)
+
+    def begin(self) -> None:
+        super().begin()
         self.accepted, self.compared = 0, 0  # drafts of mixed rows
 
     def _continue(self, sizes, P: int, T: int) -> None:
@@ -484,6 +500,38 @@ class DraftingDecoder(Decoder):
                 use_cache=True,
             )
         return out.last_hidden_state
+
+
+class Decoders:
+    """Decoders that outlive a call of `common.sample`: a step that samples as the last one did finds their
+    caches and captured graphs ready. One for each way to sample; another shape takes its place.
+
+    `longest` tokens have the prompts to come, at the most: caches are made for them.
+    """
+
+    def __init__(self, longest: int = 0):
+        self.longest = longest
+        self.kept: dict[tuple, tuple[tuple, Decoder]] = {}
+
+    def get(self, kind: type[Decoder], members: list, completions: tuple[int, int], *shape) -> Decoder:
+        """The decoder of this kind for these models, (mixed, all) `completions` and other arguments."""
+        way, rest = (kind, *map(id, members), completions), tuple(map(str, shape))
+        kept, decoder = self.kept.pop(way, (None, None))
+        if kept != rest:
+            decoder = None  # first: its memory is for the new one
+            beta, unmixed, G, K, *others = shape
+            decoder = kind(members, beta, unmixed, G, K, *others)
+        decoder.begin()
+        self.kept[way] = rest, decoder
+        return decoder
+
+    def bytes(self) -> int:
+        """Bytes of all caches that are kept."""
+        return sum(decoder.bytes() for _, decoder in self.kept.values())
+
+    def clear(self) -> None:
+        """Give them back."""
+        self.kept.clear()
 
 
 def next_logits(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -27,6 +27,9 @@ class Holds:
     average: bool = False  # a moving average of the trained weights
     completions: int = 1  # of a prompt, side by side in a row of training
     models: int = 1  # that it writes to its run folder
+    # replies decoded together in a step: by the policy, and by the reference for a mixture; None: as many as
+    # there is room for, by the policy
+    sampled: tuple[int, int] | None = None
 
 
 def prepare(args):
@@ -54,7 +57,7 @@ def prepare(args):
         return None
     if device.type == "cpu" and free is not None:
         free //= distributed.processes_here()
-    certain = sum(needs.values()) - needs[ACTIVATIONS]
+    certain = max(together({what: n for what, n in needs.items() if what not in ESTIMATES}).values())
     if free is not None and certain > free:
         raise UserError(
             f"--dry-run: {args.model} needs {certain / GIB:.1f} GiB without any activations, and "
@@ -66,14 +69,13 @@ def prepare(args):
         flush=True,
     )
     prompts = max(args.batch_size, count)
+    rows = prompts + 1 + 5 * args.eval_prompts  # one to be set aside; at most a fifth is held out
     changed = dict(
         model=synthetic.PREFIX + name,
-        # two more, to be held out and set aside
-        dataset=f"{synthetic.PREFIX}{prompts + 2}:{args.max_prompt_length}:{args.max_new_tokens}",
+        dataset=f"{synthetic.PREFIX}{rows}:{args.max_prompt_length}:{args.max_new_tokens}",
         num_prompts=prompts,
         judge="random",
         eval_judge=None,
-        eval_prompts=1,
         max_steps=1,
         iterations=1,
         epochs=1,
@@ -127,9 +129,28 @@ def sizes_of(model: str) -> str | None:
     return name if synthetic.known(name) else None
 
 
-CACHES = "key-value caches of the decoded rows, a model"
+CACHES = "key-value caches of a step's replies"
+READING = "prompts read, or next tokens drawn (about)"
 EXCHANGE = "gradients on their way to their owners"
 ACTIVATIONS = "activations of one micro-batch (about)"
+EVALUATED = "key-value caches of the evaluation's replies"
+ESTIMATES = (READING, ACTIVATIONS)
+# what is there in one phase only; the rest is held all the time, but in the evaluation there is no optimiser
+TRANSIENT = {
+    "sampling": (CACHES, READING),
+    "training": (EXCHANGE, ACTIVATIONS),
+    "evaluation": (EVALUATED, READING),
+}
+
+
+def together(needs: dict[str, int]) -> dict[str, int]:
+    """Bytes held in each phase, of those in `foreseen`."""
+    sums = {}
+    for phase, own in TRANSIENT.items():
+        others = {what for names in TRANSIENT.values() for what in names} - {*own}
+        gone = ("optimiser", "moving average") if phase == "evaluation" else ()
+        sums[phase] = sum(n for what, n in needs.items() if what not in others and not what.startswith(gone))
+    return sums
 
 
 def foreseen(args, device: torch.device) -> dict[str, int]:
@@ -148,20 +169,42 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     holds = args.holds()
     states = optimization.bytes_per_weight(args.optimizer_states, models.resolve_dtype(args.dtype, device))
     longest = args.max_prompt_length + args.max_new_tokens
-    tokens = max(args.micro_batch_tokens, longest + args.max_new_tokens)
+    reference = weights * item * (holds.reference and not adapter)
+    average = own * (4 + item) * holds.average
+    loaded, made = (weights + adapter) * item + reference, average + own * sum(states.values())
+    configs = [config] * (2 if holds.reference else 1)
+    rows = args.sample_rows or rows_chosen(configs, item, longest, (loaded, made), device)
+    replies, mixed = holds.sampled or (rows, 0)
+    share = min(1.0, rows / replies)  # of them that are decoded at once
+    replies, mixed, evaluated = int(replies * share), int(mixed * share), min(rows, args.eval_prompts)
+    cache = models.key_value_numbers(config) * longest * item
+    prompts = min(models.PREFILL_TOKENS, max(replies, evaluated) * args.max_prompt_length)
+    drawn = 24 * config.vocab_size * max(replies, evaluated)
     needs = {
         "policy's weights": weights * item,
         "LoRA adapter": adapter * item,
-        "reference's weights": weights * item * (holds.reference and not adapter),
+        "reference's weights": reference,
         **{f"optimiser: {what}": own * n for what, n in states.items()},
         # and the policy's own weights, set aside while the average plays
-        "moving average": own * (4 + item) * holds.average,
+        "moving average": average,
         # of the greatest trained weight: the gradient, and those that travel to and fro
         EXCHANGE: 3 * greatest_trained(args, model) * item * (own < trained),
-        CACHES: (args.sample_rows or 64) * longest * models.key_value_numbers(config) * item,
-        ACTIVATIONS: tokens * activation_bytes(config, item, args.gradient_checkpointing),
+        CACHES: (replies + mixed) * cache,
+        EVALUATED: evaluated * cache,
+        READING: max(prompts * models.prefill_bytes(config, item), drawn),
+        ACTIVATIONS: training_bytes(args, config, item, device),
     }
     return {what: n for what, n in needs.items() if n}
+
+
+def rows_chosen(configs: list, item: int, longest: int, held: tuple[int, int], device: torch.device) -> int:
+    """Rows that `--sample-rows 0` will choose when the models, of held[0] bytes, are loaded and before the
+    optimiser, of held[1], is made; 64 where there is no GPU."""
+    free = models.free_memory(device)
+    if free is None:
+        return 64
+    room = models.SAMPLING_SHARE * (free - held[0]) - held[1]
+    return models.rows_that_fit(configs, item, longest, room)
 
 
 def greatest_trained(args, model) -> int:
@@ -179,9 +222,28 @@ def linear_shapes(model) -> list[tuple[int, int]]:
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds) and m is not head]
 
 
-def activation_bytes(config, item: int, checkpointing: bool) -> int:
-    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model;
-    attention's own maps left out.
+def training_bytes(args, config, item: int, device: torch.device) -> int:
+    """About how many bytes a micro-batch takes while it trains: its activations; a chunk of its logits, twice
+    in float32; and, where all weights are trained, the gradient of the vocabulary's. (With checkpointing the
+    last two are gone when the first layer is computed again.)"""
+    replies = args.holds().completions * args.max_new_tokens
+    longest = args.max_prompt_length + replies
+    tokens = max(args.micro_batch_tokens, longest)
+    eager = models.choose_attention(args.attention, device, longest) == "eager"
+    whole = tokens * activation_bytes(config, item, False, longest if eager else 0)
+    V, D = config.vocab_size, config.hidden_size
+    scored, rows = tokens * replies // longest, models.chunk_rows(V, device)
+    gradient = item if scored <= rows else 4 + 2 * item  # several chunks are summed in float32
+    scoring = 8 * V * min(scored, rows) + gradient * V * D * (args.lora_rank == 0)
+    if args.gradient_checkpointing:
+        layers = config.num_hidden_layers
+        return tokens * layers * item * D + max(whole // layers, scoring)
+    return whole + scoring
+
+
+def activation_bytes(config, item: int, checkpointing: bool, row: int = 0) -> int:
+    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model. Eager
+    attention leaves its maps too, over `row` tokens: 0 for another, which leaves none.
 
     A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy,
     normalised, scaled), the queries, keys and values as attention takes them (heads repeated), attention's
@@ -190,6 +252,7 @@ def activation_bytes(config, item: int, checkpointing: bool) -> int:
     """
     D, layers = config.hidden_size, config.num_hidden_layers
     one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)
+    one += (4 + 2 * item) * config.num_attention_heads * row
     return layers * item * D + one if checkpointing else layers * one
 
 
@@ -205,7 +268,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def table(needs: dict[str, int]) -> str:
     """`foreseen` as lines of text."""
-    rows = [*needs.items(), ("together", sum(needs.values()))]
+    rows = [*needs.items(), *((f"together, {phase}", n) for phase, n in together(needs).items())]
     return "\n".join(f"  {what:<48} {n / GIB:8.2f} GiB" for what, n in rows)
 
 
@@ -291,7 +354,7 @@ def report(args, policy, phases: dict[str, Counter], environment: dict) -> dict:
         "matmul_peak_flops_per_second": peak,
         "foreseen_bytes": foreseen(args, weight.device),
         "phases": {name: dict(phase) for name, phase in phases.items()},
-        "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
+        "peak_memory_bytes": max(phase.get("peak_memory_bytes", 0) for phase in phases.values()),
         "note": "random weights, random prompts, random judge: the figures are the machine's (of several "
         "processes the "
         "first one's), nothing was learnt; a real judge's memory comes on top",
@@ -305,14 +368,13 @@ def report_text(result: dict, folder: Path) -> str:
         "",
         f"one step of {result['model']} at the greatest lengths (a first step: warm-up of kernels included)",
     ]
-    lines.append(f"  {'phase':<12} {'seconds':>9} {'tokens/s':>10} {'peak memory':>13} {'utilisation':>12}")
+    lines.append(f"  {'phase':<15} {'seconds':>9} {'tokens/s':>10} {'peak memory':>13} {'utilisation':>12}")
     for name, phase in result["phases"].items():
         rate = f"{phase['tokens_per_second']:.0f}" if "tokens_per_second" in phase else "–"
         share = f"{phase['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in phase else "–"
-        lines.append(
-            f"  {name:<12} {phase['seconds']:>9.2f} {rate:>10} {phase['peak_memory_bytes'] / GIB:>9.2f} GiB "
-            f"{share:>12}"
-        )
+        # what was set apart from a phase, as the decoder's warm-up, has no peak of its own
+        peak = f"{phase['peak_memory_bytes'] / GIB:.2f} GiB" if "peak_memory_bytes" in phase else "–"
+        lines.append(f"  {name:<15} {phase['seconds']:>9.2f} {rate:>10} {peak:>13} {share:>12}")
     lines += [
         f"  matrix products reach {result['matmul_peak_flops_per_second'] / 1e12:.2f} TFLOP/s here. "
         "Utilisation: 6 (LoRA: 4; reference: 2) FLOPs for",

@@ -13,6 +13,8 @@ Sections, in the order a run meets them:
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import signal
 import threading
 from pathlib import Path
@@ -66,6 +68,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
+
+
+def upload(x: torch.Tensor, device) -> torch.Tensor:
+    """Host tensor `x` on `device`. To a GPU it goes by pinned memory: for a plain copy the host waits until
+    all that it has launched is done."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
@@ -187,8 +197,9 @@ def load_model(
         source = model_source(name)
         with hub_errors("--model", name):
             config = without_dropout(source)
+            settings = dict(config=config, dtype=dtype, attn_implementation=attention, **straight_to(device))
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, trust_remote_code=False, config=config, dtype=dtype, attn_implementation=attention
+                source, trust_remote_code=False, **settings
             )
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
@@ -200,6 +211,14 @@ def load_model(
         f"--model {name}: this architecture computes its logits in a way that is not supported yet.",
     )
     return model
+
+
+def straight_to(device: torch.device) -> dict:
+    """What tells transformers to read weights tensor by tensor from the file to a GPU. It needs accelerate
+    for that, which peft brings along; without it they all pass through host memory first."""
+    if device.type != "cuda" or importlib.util.find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": device}}
 
 
 def try_template(tokenizer, what: str, seconds: int = 30) -> None:
@@ -287,7 +306,16 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
 
 
 def head_logits(hidden, weight, bias, softcap):
-    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    """Logits (…, V) of hidden states (…, D). On CUDA those of bfloat16 weights are float32, as the matrix
+    product has summed them: rounded to bfloat16, a logit between 16 and 32 is off by up to 1/16. Elsewhere
+    torch rounds them to the weights' precision, and the caller widens them."""
+    hidden = hidden.to(weight.dtype)
+    if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        logits = logits.unflatten(0, hidden.shape[:-1])
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = F.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -319,9 +347,10 @@ def make_trainable(
     config = peft.LoraConfig(
         r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task
     )
-    with (
-        torch.random.fork_rng()
-    ):  # the adapter's first values are the same in every process: a run is a function of its arguments
+    # The adapter's first values are the same in every process: a run is a function of its arguments. Without
+    # `devices` the state of every GPU of the machine would be asked for.
+    device = head(model)[0].device if task == "CAUSAL_LM" else next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -349,12 +378,15 @@ class LoraReference:
         self.policy = policy
 
 
-def starting_model(policy, name: str, dtype: torch.dtype, device: torch.device, attention: str):
-    """The frozen starting model beside `policy`: a second
-    copy, or for LoRA the policy's own weights unadapted."""
+def starting_model(policy):
+    """The frozen starting model beside `policy`, which has not been trained yet: a copy of its weights, made
+    where they are, or for LoRA its own weights unadapted."""
     if hasattr(policy, "disable_adapter"):
         return LoraReference(policy)
-    return load_model(name, dtype, device, attention)
+    reference = copy.deepcopy(policy)
+    if reference.is_gradient_checkpointing:
+        reference.gradient_checkpointing_disable()
+    return reference.eval().requires_grad_(False)
 
 
 def adapter_switch(model):
@@ -379,7 +411,14 @@ def save_model(model, tokenizer, folder: Path) -> torch.nn.Module:
 
 # --- memory ---
 
-PREFILL_TOKENS = 2**16  # prompt tokens in one forward pass
+PREFILL_TOKENS = 2**14  # prompt tokens in one forward pass
+SAMPLING_SHARE = 0.85  # of the free memory; the rest is for the judge and for what the allocator wastes
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of a (rows, V) float32 chunk of logits, when log-probs are computed: 128 MB of them on a CPU, 512
+    MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better."""
+    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
 
 
 def require_full_attention(model, longest: int) -> None:
@@ -406,14 +445,9 @@ def choose_sample_rows(requested: int, members: list, longest: int, optimiser_by
     no GPU.
 
     For `members` sampled together, on prompts and replies of up to `longest` tokens, before the optimiser is
-    made:
-
-        rows = (0.85 · free − optimiser_bytes · trained weights − prefill) / row      at least 8, at most 1024
-        row = Σ_members 2 · layers · H_kv · D · longest · element size + 24 · V       keys and values; logits
-        prefill = PREFILL_TOKENS · 4 · (D_model + intermediate size) · element size
-
-    `optimiser_bytes` is what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`).
-    Raises `UserError` for an architecture that `require_full_attention` refuses.
+    made: `rows_that_fit` into SAMPLING_SHARE · free − optimiser_bytes · trained weights. `optimiser_bytes` is
+    what the optimiser will hold for a trained weight (`optimization.bytes_per_weight`). Raises `UserError`
+    for an architecture that `require_full_attention` refuses.
     """
     for member in members:
         require_full_attention(member, longest)
@@ -421,12 +455,34 @@ def choose_sample_rows(requested: int, members: list, longest: int, optimiser_by
     free = free_memory(weight.device)
     if requested or free is None:
         return requested or 64
-    element, row, prefill = weight.element_size(), 0, 0
-    for config in (base_model(member).config.get_text_config() for member in members):
-        row += key_value_numbers(config) * longest * element + 24 * weight.shape[0]
-        prefill = PREFILL_TOKENS * 4 * (config.hidden_size + inner_width(config)) * element
+    configs = [base_model(member).config.get_text_config() for member in members]
     optimiser = optimiser_bytes * sum(p.numel() for p in members[0].parameters() if p.requires_grad)
-    return int(min(1024, max(8, (0.85 * free - optimiser - prefill) // row // 8 * 8)))
+    return rows_that_fit(configs, weight.element_size(), longest, SAMPLING_SHARE * free - optimiser)
+
+
+def rows_that_fit(configs: list, element: int, longest: int, room: float) -> int:
+    """Rows of up to `longest` tokens that models of these configs, with `element` bytes a number, decode
+    together in `room` bytes; a multiple of 8, at least 8 and at most 1,024:
+
+        rows = (room − prefill) / row
+        row = Σ_models 2 · layers · H_kv · D · longest · element size + 24 · V        keys and values; logits
+        prefill = the greatest model's `prefill_bytes` of a token · PREFILL_TOKENS
+    """
+    row = sum(row_bytes(config, element, longest) for config in configs)
+    prefill = PREFILL_TOKENS * max(prefill_bytes(config, element) for config in configs)
+    return int(min(1024, max(8, (room - prefill) // row // 8 * 8)))
+
+
+def row_bytes(config, element: int, longest: int) -> int:
+    """Bytes of a decoded row of up to `longest` tokens: its keys and values, and six float32 numbers for each
+    word of the vocabulary (logits, probabilities, their sums) while a token is drawn."""
+    return key_value_numbers(config) * longest * element + 24 * config.vocab_size
+
+
+def prefill_bytes(config, element: int) -> int:
+    """Bytes that a prompt's token takes while the prompt is read: its keys and values, before they are copied
+    to the rows, and at the widest place of a layer four numbers for each unit of it and of its inner part."""
+    return (4 * (config.hidden_size + inner_width(config)) + key_value_numbers(config)) * element
 
 
 def key_value_numbers(config) -> int:

@@ -78,11 +78,22 @@ class Phases:
 
     def __init__(self, lean: bool = False):
         self.lean = lean
-        self.phases: dict[str, Counter] = defaultdict(Counter)  # seconds, tokens, scored, peak_memory_bytes
+        self._phases: dict[str, Counter] = defaultdict(Counter)
         self.open_phases: list[str] = []
-        self.phase_mark = 0.0  # when the innermost open phase began, or went on
+        self.phase_mark = None  # when the innermost open phase began, or went on
+        self.unread: list[tuple] = []  # phase, its beginning and end on the GPU's clock
         self.peak_memory_bytes = 0
         self.padding = Counter()  # of the batches since the last log: places, tokens
+
+    @property
+    def phases(self) -> dict[str, Counter]:
+        """Of each phase: seconds, tokens, scored, peak_memory_bytes. Waits for a GPU's clock."""
+        if self.unread:
+            torch.cuda.synchronize()
+        for name, begin, end in self.unread:
+            self._phases[name]["seconds"] += begin.elapsed_time(end) / 1e3
+        self.unread.clear()
+        return self._phases
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -100,13 +111,19 @@ class Phases:
             self.open_phases.pop()
 
     def _close_measurement(self) -> None:
-        """Book what happened since the last call on the innermost open phase."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """Book what happened since the last call on the innermost open phase. With a GPU its clock is noted
+        and read later: a training step has phases in each micro-batch, and waits for none."""
         now, peak = time.perf_counter(), peak_memory()
+        if torch.cuda.is_available():
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
         if self.open_phases:
-            phase = self.phases[self.open_phases[-1]]
-            phase["seconds"] += now - self.phase_mark
+            name = self.open_phases[-1]
+            phase = self._phases[name]
+            if isinstance(now, float):
+                phase["seconds"] += now - self.phase_mark
+            else:
+                self.unread.append((name, self.phase_mark, now))
             phase["peak_memory_bytes"] = max(phase["peak_memory_bytes"], peak)
         self.phase_mark, self.peak_memory_bytes = now, max(self.peak_memory_bytes, peak)
         reset_peak_memory()
@@ -114,7 +131,7 @@ class Phases:
     def add_tokens(self, name: str, tokens: int, scored: int = 0) -> None:
         """Count this process's tokens of a phase: those sampled, or those a forward pass computed and, of the
         completions', scored."""
-        self.phases[name] += Counter(tokens=tokens, scored=scored)
+        self._phases[name].update(tokens=tokens, scored=scored)
 
     def add_batch(self, name: str, batch) -> None:
         """Count the tokens of a `common.Batch` in a phase, and how much of it was padding."""
@@ -125,15 +142,16 @@ class Phases:
         """Count `seconds` of phase `name` as a phase of their
         own: what is paid once must not blur tokens per second."""
         if seconds:
-            self.phases[name]["seconds"] -= seconds
-            self.phases[part]["seconds"] += seconds
+            self._phases[name]["seconds"] -= seconds
+            self._phases[part]["seconds"] += seconds
 
     def throughput(self) -> dict[str, float]:
         """Tokens per second by phase, since the start (or the
         resume): all processes' tokens, by this one's clock."""
-        tokens = distributed.total({name: phase["tokens"] for name, phase in self.phases.items()})
+        phases = self.phases
+        tokens = distributed.total({name: phase["tokens"] for name, phase in phases.items()})
         return {
             f"tokens_per_second/{name}": tokens[name] / phase["seconds"]
-            for name, phase in self.phases.items()
+            for name, phase in phases.items()
             if phase["seconds"] > 0 and tokens[name]
         }

@@ -65,6 +65,7 @@ class Run(Phases):
         self.bar: tqdm | None = None
         self.lock: Lock | None = None
         self.events = self.wandb = None
+        self.keeps_decoders: bool | None = None  # from step to step; None until the first has sampled
 
     def create(self) -> None:
         """Make the folder with args.json, or take an existing one's lock. Call once the arguments, model and

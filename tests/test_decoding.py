@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import json
+import weakref
 
 import pytest
 import tiny
@@ -15,7 +16,10 @@ from test_sampling import END, PROMPTS, V, numbers, replay
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import afd
 import common
+import experiment
+import nash_md
 import selm
 from cleanalign import decoding
 from cleanalign.command_line import saved_args
@@ -31,7 +35,8 @@ from cleanalign.models import (
 from cleanalign.run import Run
 
 # these wait for the device, or copy from the host
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal", "_unique2"}
+WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal"}
+WAITS |= {"_unique2"}
 
 
 class Recorder(TorchDispatchMode):
@@ -96,6 +101,14 @@ def graphs(monkeypatch):
     for module in (common, decoding):  # the sampler asks, and the decoder
         monkeypatch.setattr(module, "resolve_decoding", lambda way, device: "eager" if way == "auto" else way)
     return recorders
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.item, float, bool, torch.nonzero], ids=lambda f: f.__name__)
+def test_a_recorder_sees_every_way_to_ask(ask):
+    """Under inference mode `.item()` arrives as another kernel than without."""
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode(), pytest.raises(AssertionError, match="waits for the device"), Recorder():
+            ask(torch.ones(1))
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +355,7 @@ def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     assert choose_sample_rows(0, [policy], 40) == 64 and choose_sample_rows(5, [policy], 40) == 5
     layers, heads, width = 2, 2, 8
     row = 2 * (2 * layers * heads * width * 40 * 4 + 24 * V)
-    fixed = PREFILL_TOKENS * 4 * (32 + 64) * 4
+    fixed = PREFILL_TOKENS * (4 * (32 + 64) + 2 * layers * heads * width) * 4
     monkeypatch.setattr("cleanalign.models.free_memory", lambda device: (fixed + 100 * row) / 0.85 + 1)
     policy.requires_grad_(False)
     # room for 100 rows; 96 is a multiple of 8
@@ -354,6 +367,38 @@ def test_rows_at_once_fill_the_free_memory(models, monkeypatch):
     assert sum(b.numel() * 4 for b in buffers) == 4 * (row - 2 * 24 * V) * places // 40
     policy.requires_grad_(True)
     assert choose_sample_rows(0, [policy, reference], 40) < 96  # room for the optimiser
+
+
+def test_the_prefill_holds_one_part_at_a_time(models, monkeypatch):
+    """A part's cache and hidden states are gone when the next part runs."""
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 8)
+    alive, most = [], []
+    plain = transformers.LlamaModel.forward
+
+    def forward(self, *args, **kwargs):
+        if not isinstance(kwargs["past_key_values"].layers, list) or kwargs["input_ids"].shape[1] > 1:
+            most.append(sum(ref() is not None for ref in alive))
+        out = plain(self, *args, **kwargs)
+        alive.append(weakref.ref(out.last_hidden_state.untyped_storage()))
+        alive.append(weakref.ref(kwargs["past_key_values"]))
+        return out
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    common.sample(models[0], PROMPTS, [END], max_new_tokens=1, seed=5)
+    assert len(most) > 1 and max(most) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_stages_count_the_optimiser(world, flags, monkeypatch, rank):
+    """afd.py's and spin.py's rows are chosen beside what their optimiser will hold."""
+    counted = []
+    monkeypatch.setattr(
+        "experiment.choose_sample_rows",
+        lambda rows, members, *_: counted.append(sum(p.requires_grad for p in members[0].parameters())) or 64,
+    )
+    args = afd.Args(model=f"{world}/model", judge=f"{world}/judges.py:goodness", device="cpu", lora_rank=rank)
+    experiment.set_up_stages("afd", args)
+    assert counted[0] > 0
 
 
 def test_the_choice_is_stored_and_kept(flags, tmp_path, monkeypatch):
@@ -383,3 +428,50 @@ def test_rows_are_chosen_for_a_config_without_inner_width(monkeypatch):
     monkeypatch.setattr("cleanalign.models.free_memory", lambda device: 400e6)
     config = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     assert choose_sample_rows(0, [transformers.GPT2LMHeadModel(config)], 40) >= 8
+
+
+@pytest.mark.parametrize("way", ["eager", "graphs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_decoders_draw_the_same_tokens(graphs, dtype, way):
+    """Call after call, bit for bit, with weights that change in between; buffers and graphs are made once."""
+    policy, reference = tiny.model(V, seed=1).to(dtype), tiny.model(V, seed=2).to(dtype)
+    decoders = decoding.Decoders(longest=9)
+    batches = [PROMPTS, [[6, 7, 8], [5], [9], [10, 11, 4, 4, 4, 4, 4, 4, 4]], [[5, 4], [7], [8, 4], [9]]]
+    made = []
+    for seed, prompts in enumerate(batches):
+        for settings in (dict(mixture=(reference, 0.3), unmixed=1, completions=3), dict(completions=2)):
+            settings |= dict(max_new_tokens=30, seed=seed, decoding=way, max_rows=64)
+            plain, ours = {}, {}
+            expected = common.sample(policy, prompts, [END, 7], stats=plain, **settings)
+            assert (
+                common.sample(policy, prompts, [END, 7], stats=ours, decoders=decoders, **settings)
+                == expected
+            )
+            for stats in (plain, ours):
+                del stats["warmup_seconds"], stats["warmup_steps"]
+            assert ours == plain
+        made.append([id(decoder) for _, decoder in decoders.kept.values()])
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.add_(0.01)
+    assert len(made[0]) == 2 and made[0] == made[1] == made[2]
+    assert decoders.bytes() > 0
+    common.sample(policy, PROMPTS[:2], [END], max_new_tokens=30, completions=2, seed=0, decoders=decoders)
+    assert len(decoders.kept) == 2  # another shape took its place
+    decoders.clear()
+    assert decoders.bytes() == 0
+
+
+@pytest.mark.parametrize("free,kept", [(2**40, True), (2**10, False)])
+def test_decoders_are_given_back_where_training_has_no_room(flags, monkeypatch, capsys, tmp_path, free, kept):
+    """The log says which, once; the run's numbers do not depend on it."""
+    monkeypatch.setattr("experiment.free_memory", lambda device: free)
+    sizes = []
+    step = nash_md.train_step
+    monkeypatch.setattr(
+        nash_md, "train_step", lambda exp, *a: sizes.append(exp.decoders.bytes()) or step(exp, *a)
+    )
+    start(nash_md, *flags, "--run-name=x", "--num-prompts=24")
+    said = "kept while the policy trains" if kept else "given back before the policy trains"
+    assert capsys.readouterr().out.count(said) == 1
+    assert all((size > 0) == kept for size in sizes) and len(sizes) == 3

@@ -67,11 +67,40 @@ def test_rehearsal_of_a_tiny_model(name, extra, flags, tmp_path, capsys):
     assert all(phase["seconds"] > 0 and phase["peak_memory_bytes"] > 0 for phase in phases.values())
     # every reply ran to its greatest length
     assert phases["training"]["tokens"] >= 4 * (12 + (1 if alone else 2) * 5)
-    assert phases["sampling"]["tokens"] % (4 * 6) == 0
+    fewest = 4 if name in ("ipo_md", "nash_md") else 120  # of 128 --sample-rows, where a run would fill them
+    assert phases["sampling"]["tokens"] >= fewest * 6 and phases["sampling"]["tokens"] % 6 == 0
+    assert "together, evaluation" in printed and phases["evaluation"]["seconds"] > 0
     assert (
         0 < phases["training"]["model_flops_utilisation"] < 1 and result["matmul_peak_flops_per_second"] > 1e9
     )
     assert "foreseen" in printed and "random judge" in printed and not (tmp_path / "x" / "model").exists()
+
+
+def test_a_rehearsal_decodes_the_rows_of_the_run(flags, tmp_path, monkeypatch):
+    """selm.py samples a whole iteration at once, so that its batches are full; ipo_md.py a step's pairs."""
+    monkeypatch.setattr(dry_run, "matmul_peak", lambda *_: 1e12)
+    flags += ["--dry-run", "--sample-rows=20", "--max-prompt-length=12", "--batch-size=4", "--dev-prompts=1"]
+    for script, rows in ((selm, 20), (ipo_md, 8)):
+        start(script, *flags[:-1], f"--run-name={script.__name__}")
+        result = json.loads((tmp_path / script.__name__ / "dry_run.json").read_text())
+        assert result["phases"]["sampling"]["tokens"] == rows * 6
+        a_row = 2 * 2 * 2 * 8 * 18 * 4  # two layers' keys and values, two heads of 8, 18 places, float32
+        models = 2 if script is ipo_md else 1
+        assert result["foreseen_bytes"][dry_run.CACHES] == models * rows * a_row
+        assert result["foreseen_bytes"][dry_run.EVALUATED] == 16 * a_row
+
+
+def test_a_phase_without_a_peak_of_its_own(tmp_path, monkeypatch):
+    """The decoder's warm-up, which every CUDA run has, is seconds set apart from sampling."""
+    monkeypatch.setattr(dry_run, "matmul_peak", lambda *_: 1e12)
+    clock = Phases()
+    with clock.phase("sampling"):
+        pass
+    clock.add_tokens("sampling", 8)
+    clock.set_apart("sampling", "decoder warm-up", 1e-9)
+    args = selm.Args(model="smollm2-135m", device="cpu")
+    result = dry_run.report(args, tiny.model(24), clock.phases, {})
+    assert re.search(r"decoder warm-up +0\.00 +– +– +–", dry_run.report_text(result, tmp_path))
 
 
 def test_offline_responses_in_a_rehearsal(flags, tmp_path):

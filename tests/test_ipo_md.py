@@ -86,7 +86,7 @@ def test_with_lora_the_mixture_holds_the_unadapted_model(world):
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
-    reference = models.starting_model(policy, f"{world}/model", torch.float32, device, "sdpa")
+    reference = models.starting_model(policy)
     merged = copy.deepcopy(policy).merge_and_unload()
     original = models.load_model(f"{world}/model", torch.float32, device)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
