@@ -110,7 +110,7 @@ class Args(RunArgs):
     the model itself answers its prompts, and --judge prefers."""
     eval_dataset: str | None = None
     """File of comparisons to measure on; None holds out --eval-prompts prompts of --dataset."""
-    num_prompts: int | None = 320
+    num_prompts: int | None = 560
     """Prompts to train on, in an order fixed by the seed; None is all of them."""
     pairs_per_prompt: int | None = 2
     """Pairs of one prompt to learn from at most, or of a data set's to measure on; None is all. A reward
@@ -130,14 +130,14 @@ class Args(RunArgs):
     # algorithm
     kind: Literal["reward", "pairwise"] = "reward"
     """What to train: a scalar reward of a reply, or a model that reads two replies and answers A or B."""
-    labels: Literal["hard", "soft"] = "hard"
+    labels: Literal["hard", "soft"] = "soft"
     """What to learn of a probability, a judge's or a column
     p: hard learns which reply is preferred, soft how much."""
 
     # optimisation
     max_steps: int | None = None
     """Optimiser steps at most; None takes all. The schedule shortens with it."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-4
     """Peak learning rate."""
     batch_size: int = 8
     """Examples in one optimiser step: pairs, or a prompt with its samples."""
@@ -160,9 +160,9 @@ class Args(RunArgs):
     """Recompute activations in the backward pass: a third more compute for far less memory."""
 
     # sampling
-    samples_per_prompt: int = 4
+    samples_per_prompt: int = 3
     """Replies to each training prompt where the data set has no pairs; every two of them are a pair."""
-    max_new_tokens: int = 24
+    max_new_tokens: int = 16
     """Longest reply, in tokens: sampled ones end there, a data
     set's pairs with a longer one are dropped and counted."""
     temperature: float = 1.0

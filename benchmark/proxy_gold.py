@@ -23,8 +23,8 @@ import tyro
 
 JUDGE = "preference_model.py"
 METHODS = {  # name: its script and flags; the length of each is about that of its script's default run, twice
-    "SELM": "selm --num-prompts 384 --iterations 6",
-    "Nash-MD": "nash_md --max-steps 48",
+    "SELM": "selm --num-prompts 384 --iterations 6 --max-new-tokens 16",
+    "Nash-MD": "nash_md --max-steps 48 --max-new-tokens 16",
 }
 
 
