@@ -38,7 +38,7 @@ def main() -> None:
     """Run the script that the first argument names, watched."""
     name, argv = sys.argv[1], sys.argv[2:]
     gold, argv = taken(argv, "--gold", "sentiment")
-    every, argv = taken(argv, "--every", "4")
+    every, argv = taken(argv, "--every", "8")
     script = importlib.import_module(name)
     plain = script.set_up
 
@@ -114,10 +114,17 @@ def measure(exp: Experiment, start, beside: list, gold: Judge, step: int) -> Non
         file.write(json.dumps(row) + "\n")
 
 
+KNOWN: dict[tuple, torch.Tensor] = {}  # scores of the starting model's replies, by judge
+
+
 def log_odds(judge: Judge, asked: list, a: list[str], b: list[str]) -> torch.Tensor:
-    """(B,) log-odds of p(a ≻ b): of a scalar judge the scaled difference of scores, exactly."""
+    """(B,) log-odds of p(a ≻ b): of a scalar judge the scaled difference of scores, exactly; those of b are
+    asked once."""
     if judge.score is not None:
-        return judge.scale * (judge.score(asked, a) - judge.score(asked, b))
+        key = (judge.name, *b)
+        if key not in KNOWN:
+            KNOWN[key] = judge.score(asked, b)
+        return judge.scale * (judge.score(asked, a) - KNOWN[key])
     return torch.logit(both_orders(judge, asked, a, b), eps=1e-6)
 
 
