@@ -38,17 +38,18 @@ RUNS = {  # name: flags of selm.py
 PANELS = {"score": "judge's score of the sampled replies", "kl": "KL from the iteration's start, nats"}
 
 
-def main(run_dir: str = "runs/lora_rates", flags: str = "") -> None:
+def main(run_dir: str = "runs/lora_rates", flags: str = "", runs: bool = True) -> None:
     """Run what is not finished yet; write the plot and the JSON.
 
     Args:
         run_dir: where the run folders go.
         flags: more flags for every run, in one string.
+        runs: --no-runs measures the first step alone.
     """
     folder = Path(run_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, more in RUNS.items():
+    for name, more in RUNS.items() if runs else ():
         where = folder / name.replace(", ", "-").replace(" ", "-")
         if not (where / "summary.json").exists():
             words = f"selm.py {more} {flags} --run-dir {folder} --run-name {where.name}".split()
@@ -67,7 +68,8 @@ def main(run_dir: str = "runs/lora_rates", flags: str = "") -> None:
     ratios = first_step()
     print(ratios)
     record.write(record.RESULTS / "lora_rates.json", {**record.origin(), "first_step": ratios, "runs": rows})
-    plot(rows)
+    if runs:
+        plot(rows)
 
 
 def first_step() -> dict:
