@@ -308,9 +308,10 @@ def keep_decoders(exp: Experiment) -> None:
     """After sampling: keep the decoders for the next step where training has room beside them, else give them
     back; say which when it changes. A script that samples once for many steps keeps none, nor does a CPU run
     whose micro-batches say that little memory matters more than speed."""
-    if exp.args.holds().sampled is None:
+    held = exp.decoders.bytes()
+    if exp.args.holds().sampled is None or held == 0:
         return exp.decoders.clear()
-    held, config = exp.decoders.bytes(), base_model(exp.policy).config.get_text_config()
+    config = base_model(exp.policy).config.get_text_config()
     needed, free = training_bytes(exp.args, config, exp.dtype.itemsize, exp.device), free_memory(exp.device)
     room = free is not None and free > 1.5 * needed and (exp.device.type != "cpu" or not exp.run.lean)
     if room != exp.run.keeps_decoders:

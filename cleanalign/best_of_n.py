@@ -3,8 +3,8 @@ statistics.
 
 `best_of_n.json` holds for every ranker its curves over N on the test prompts and on the development prompts:
 the judge's mean score of the reply the ranker likes best among N, and that reply's win rate against one more
-sample, each with a 95 % bootstrap band over prompts. All rankers rank the same samples. `eval_judge` holds the
-same by a second judge.
+sample, each with a 95 % bootstrap band over prompts. All rankers rank the same samples. `eval_judge` holds
+the same by a second judge.
 """
 
 from __future__ import annotations

@@ -210,6 +210,7 @@ def test_without_pairs_the_model_answers_and_the_judge_prefers(kind, flags, worl
         tmp_path / "prompts.jsonl", [{"prompt": f"{x} {y}"} for x, y in permutations(tiny.WORDS[:24], 2)]
     )
     more = [f"--dataset={prompts}", f"--kind={kind}", "--num-prompts=100", "--eval-judge=polarity"]
+    more += ["--samples-per-prompt=4", "--labels=hard"]
     start(preference_model, *kept, *more, "--run-name=x")
     rows, summary = predictions_of(tmp_path / "x"), summary_of(tmp_path / "x")
     teacher = load_judge(f"{world}/judges.py:more_good")
