@@ -141,11 +141,10 @@ class Args(RunArgs):
     which needs none (on the default task's development prompts it ranks better)."""
     reward_init: Literal["start", "sft"] = "start"
     """Weights that a reward model or discriminator starts from: π_0's or π_SFT's."""
-    hide_end: bool | None = None
-    """Whether rewards are learned and read without the end-of-sequence token. None: with irl yes, or reward
-    models learn lengths only; discriminators no, as the divergence is that of whole replies."""
-    match_lengths: bool | None = None
-    """Whether rewards are learned from pairs cut to the length of the shorter reply. None: as --hide-end."""
+    hide_end: bool = True
+    """Reward models read replies without the end-of-sequence token."""
+    match_lengths: bool = True
+    """Reward models are trained on pairs cut to the length of the shorter reply."""
     reward_prompts: int = 128
     """Training prompts on which reward models are trained and Best-of-N is distilled."""
     reward_samples: int = 2
@@ -166,6 +165,9 @@ class Args(RunArgs):
     """reverse-kl, js: policy updates."""
     discriminator_updates: int = 1
     """reverse-kl, js: discriminator updates before each policy update."""
+    discriminator_reads: Literal["whole", "cut"] = "whole"
+    """reverse-kl, js: what the discriminator learns from. whole: the replies that it scores, or what is
+    minimised is not the divergence; cut: as --hide-end and --match-lengths say."""
     discriminator_warmup: int = 10
     """reverse-kl, js: steps that update the discriminator alone, before the first policy update."""
     whiten: bool = True
@@ -851,11 +853,10 @@ def main(args: Args) -> None:
 
 
 def as_read_by(args: Args) -> Args:
-    """The same, with what a reward reads of a reply chosen where it was left open."""
-    hide = args.objective not in ("reverse-kl", "js") if args.hide_end is None else args.hide_end
-    return replace(
-        args, hide_end=hide, match_lengths=hide if args.match_lengths is None else args.match_lengths
-    )
+    """The same; a discriminator that reads whole replies neither hides an end nor matches lengths."""
+    if args.objective in ("reverse-kl", "js") and args.discriminator_reads == "whole":
+        return replace(args, hide_end=False, match_lengths=False)
+    return args
 
 
 def curves_of(metrics: list[dict]) -> tuple[str, ...]:

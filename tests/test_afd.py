@@ -215,11 +215,11 @@ def test_pairs_are_read_without_their_end_and_at_equal_lengths():
 
     assert pair([7, 8, 9, 3]) == [[7, 8], [5, 6]]
     assert pair([7, 8, 9], match_lengths=False) == [[7, 8, 9], [5, 6]]
-    assert pair([7, 3], hide_end=False, match_lengths=True) == [[7, 3], [5, 6]]
+    assert pair([7, 3], hide_end=False) == [[7, 3], [5, 6]]
     # a discriminator learns from what it scores: whole replies, or it is no divergence's
     for objective in ("reverse-kl", "js"):
         assert pair([7, 8, 9, 3], objective=objective) == [[7, 8, 9, 3], [5, 6, 3]]
-        assert pair([7, 8, 9, 3], objective=objective, hide_end=True) == [[7, 8], [5, 6]]
+        assert pair([7, 8, 9, 3], objective=objective, discriminator_reads="cut") == [[7, 8], [5, 6]]
 
 
 # --- whole runs --------------------------------------------------------------------------------
