@@ -6,7 +6,7 @@
     python benchmark/processes.py bytes               bytes on the wire, by the kernel, against the formula
     python benchmark/processes.py default             the default selm.py: 2 processes, or 1 with 2 threads
     python benchmark/processes.py unchanged COMMIT    one process: to the bit what COMMIT computes
-    python benchmark/processes.py speed COMMIT        and as fast
+    python benchmark/processes.py speed COMMIT [THREADS]    and as fast
 
 Each writes its part of benchmark/results/processes.json. All on a CPU, by gloo.
 """
@@ -523,15 +523,15 @@ def unchanged(commit: str) -> None:
     write("unchanged", {"against": commit, "not_the_same": same})
 
 
-def speed(commit: str) -> None:
-    """One process of two threads: seconds of some steps of the default run, `commit` and now in turn."""
+def speed(commit: str, threads: int = 2) -> None:
+    """One process: seconds of some steps of the default run, `commit` and now in turn."""
     seconds: dict[str, list] = {"before": [], "now": []}
     few = ["--max-steps=6", "--num-prompts=48", "--eval-prompts=16"]
     with tree_of(commit) as (before, here):
         for turn in range(3):
             for when, tree in (("before", before), ("now", ROOT)):
                 command = [sys.executable, "selm.py", *few, f"--run-dir={here}", f"--run-name={when}-{turn}"]
-                timed(command, tree, 2)
+                timed(command, tree, threads)
                 summary = json.loads((here / f"{when}-{turn}/summary.json").read_text())
                 seconds[when].append(summary["seconds"])
     ratio = min(seconds["before"]) / min(seconds["now"])
@@ -556,7 +556,7 @@ COMMANDS = {
     "bytes": lambda rest: count_bytes(),
     "default": lambda rest: default(),
     "unchanged": lambda rest: unchanged(rest[0]),
-    "speed": lambda rest: speed(rest[0]),
+    "speed": lambda rest: speed(rest[0], *map(int, rest[1:])),
     "nursery": lambda rest: nursery(),
 }
 
