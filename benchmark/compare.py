@@ -142,15 +142,12 @@ def main(
         finished = [item for item in pool.map(run, runs) if (item[3] / "summary.json").exists()]
     rows = []
     for name, seed, command, folder in finished:
-        origin = record.of_run(folder)
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rows.append(
             {
                 "variant": name,
                 "seed": seed,
-                "command": f"python {command}",
-                **{key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")},
-                "summary": json.loads((folder / "summary.json").read_text()),
+                **record.result(folder, command),
                 **{metric: [step.get(metric) for step in steps] for metric in metrics},
             }
         )

@@ -10,7 +10,6 @@ benchmark/results/default_runs.json, and prints the table.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,22 +33,13 @@ def main(scripts: tyro.conf.Positional[tuple[str, ...]] = SCRIPTS, run_dir: str 
     file = record.RESULTS / "default_runs.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     folder = Path(run_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     for script in scripts:
-        where = folder / script
-        if not (where / "summary.json").exists():
-            words = [sys.executable, f"{script}.py", "--run-dir", str(folder), "--run-name", script]
-            with open(f"{where}.log", "w") as log:
-                done = subprocess.run(words, cwd=record.ROOT, stdout=log, stderr=log, check=False)
-            if done.returncode:
-                sys.exit(f"failed: {script}.py; see {log.name}")
-        origin = record.of_run(where)
-        kept = {key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")}
-        summary = json.loads((where / "summary.json").read_text())
-        results[script] = {"command": f"python {script}.py", **kept, "summary": summary}
+        record.run_once(f"{script}.py", folder / script)
+        results[script] = record.result(folder / script, f"{script}.py")
         record.write(file, results)
+        summary = results[script]["summary"]
         shown = {key: summary[key] for key in COLUMNS if summary.get(key) is not None}
-        print(f"{script}.py, {origin['git_commit'][:7]}: {shown}", flush=True)
+        print(f"{script}.py, {results[script]['git_commit'][:7]}: {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import record
@@ -47,24 +45,16 @@ def main(run_dir: str = "runs/lora_rates", flags: str = "", runs: bool = True) -
         runs: --no-runs measures the first step alone.
     """
     folder = Path(run_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, more in RUNS.items() if runs else ():
         where = folder / name.replace(", ", "-").replace(" ", "-")
-        if not (where / "summary.json").exists():
-            words = f"selm.py {more} {flags} --run-dir {folder} --run-name {where.name}".split()
-            with open(f"{where}.log", "w") as log:
-                done = subprocess.run(
-                    [sys.executable, *words], cwd=record.ROOT, stdout=log, stderr=log, check=False
-                )
-            if done.returncode:
-                sys.exit(f"failed: {' '.join(words)}; see {log.name}")
+        command = " ".join(f"selm.py {more} {flags}".split())
+        record.run_once(command, where)
         steps = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((where / "summary.json").read_text())
         curves = {key: [step[key] for step in steps] for key in PANELS}
-        rows.append({"name": name, **record.of_run(where), "summary": summary, "curves": curves})
+        rows.append({"name": name, **record.result(where, command), "curves": curves})
         told = ("win_rate", "win_rate_interval", "kl", "score_after")
-        print(name, {key: summary.get(key) for key in told}, flush=True)
+        print(name, {key: rows[-1]["summary"].get(key) for key in told}, flush=True)
     ratios = first_step()
     print(ratios)
     record.write(record.RESULTS / "lora_rates.json", {**record.origin(), "first_step": ratios, "runs": rows})

@@ -25,7 +25,6 @@ import tyro
 from compare import CYCLE, PREPARE
 
 BATCH_SIZE = 8  # prompts (SELM: pairs) in a step; the study takes 12
-ORIGIN = ("git_commit", "git_dirty", "versions", "device_name")
 TITLES = {"pool": "Five policies", "pool-and-start": "With the starting model"}
 START = "cycle-sft"  # the name of the run that makes the starting model
 SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
@@ -80,8 +79,7 @@ def main(
             start(f"evaluate.py {words} {flags} --run-dir {folder} --run-name {name}", folder / f"{name}.log")
         comparisons[name] = json.loads((folder / name / "comparison.json").read_text())
     runs = [of_run(folder / name) for name in (START, *POLICIES)]
-    evaluated = record.of_run(folder / "pool")
-    evaluated = {key: evaluated[key] for key in ORIGIN}
+    evaluated = record.where_from(folder / "pool")
     result = {"command": record.command(), "runs": runs, "evaluated": evaluated, **comparisons}
     record.write(record.RESULTS / "pool.json", result)
     text = "".join(
@@ -96,8 +94,13 @@ def of_run(folder: Path) -> dict:
     origin = record.of_run(folder)
     summary = json.loads((folder / "summary.json").read_text())
     kept = {key: summary.get(key) for key in ("win_rate", "win_rate_interval", "kl", "steps", "seconds")}
-    where = {key: origin[key] for key in ORIGIN}
-    return {"name": folder.name, "script": origin["script"], "args": origin["args"], **where, "summary": kept}
+    return {
+        "name": folder.name,
+        "script": origin["script"],
+        "args": origin["args"],
+        **record.where_from(folder),
+        "summary": kept,
+    }
 
 
 def tables(folder: Path, comparison: dict) -> str:

@@ -13,9 +13,6 @@ proxy_gold.png the plot.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import record
@@ -38,9 +35,8 @@ def main(seeds: int = 2, run_dir: str = "runs/proxy_gold", judge: str | None = N
         flags: more flags for the policies' runs, in one string.
     """
     folder = Path(run_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     proxy = Path(judge).resolve() if judge else folder / "judge"
-    run(JUDGE, proxy)
+    record.run_once(JUDGE, proxy)
     rows = []
     for method, words in METHODS.items():
         for seed in range(1, seeds + 1):
@@ -49,36 +45,18 @@ def main(seeds: int = 2, run_dir: str = "runs/proxy_gold", judge: str | None = N
                 f"benchmark/watched.py {words} --judge hf:{proxy}/model --seed {seed} --save-every 0 {flags}"
             )
             command = command.strip()
-            run(command, where)
+            record.run_once(command, where)
             lines = (where / "watched.jsonl").read_text().splitlines()
             rows.append(
-                result(where, command)
+                record.result(where, command)
                 | {"method": method, "seed": seed, "curve": [json.loads(x) for x in lines]}
             )
     out = record.RESULTS / "proxy_gold"
-    record.write(f"{out}.json", {"command": record.command(), "judge": result(proxy, JUDGE), "runs": rows})
+    record.write(
+        f"{out}.json", {"command": record.command(), "judge": record.result(proxy, JUDGE), "runs": rows}
+    )
     plot(rows, f"{out}.png")
     print(table(rows))
-
-
-def run(command: str, folder: Path) -> None:
-    """Run a script into `folder`, unless it is finished there."""
-    if (folder / "summary.json").exists():
-        return
-    words = [sys.executable, *command.split(), "--run-dir", str(folder.parent), "--run-name", folder.name]
-    with open(folder.with_suffix(".log"), "w") as log:
-        done = subprocess.run(words, cwd=record.ROOT, stdout=log, stderr=log, env=os.environ, check=False)
-    if done.returncode:
-        sys.exit(f"failed: {command}; see {log.name}")
-    print(f"done: {folder.name}", flush=True)
-
-
-def result(folder: Path, command: str) -> dict:
-    """Where a run came from and how it ended."""
-    origin = record.of_run(folder)
-    kept = {key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")}
-    summary = json.loads((folder / "summary.json").read_text())
-    return {"command": f"python {command}", **kept, "summary": summary}
 
 
 def table(rows: list[dict]) -> str:

@@ -18,8 +18,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -74,26 +72,13 @@ def main(
     runs, baselines = [], None
     for kind in kinds:
         folder = Path(run_dir).resolve() / f"{name}-{kind}"
-        run(f"{command} --kind {kind}", folder)
-        origin, summary = record.of_run(folder), json.loads((folder / "summary.json").read_text())
-        kept = {key: origin[key] for key in ("git_commit", "git_dirty", "versions", "device_name")}
-        runs.append({"kind": kind, "command": f"python {command} --kind {kind}", **kept, "summary": summary})
+        whole = f"{command} --kind {kind}"
+        record.run_once(whole, folder)
+        runs.append({"kind": kind, **record.result(folder, whole)})
         baselines = baselines or baselines_of(folder, files)
     out = record.RESULTS / f"comparisons_{name.replace('-', '_')}.json"
     record.write(out, {"command": record.command(), "baselines": baselines, "runs": runs})
     print(table(runs, baselines))
-
-
-def run(command: str, folder: Path) -> None:
-    """Run a script into `folder`, unless it is finished there."""
-    if (folder / "summary.json").exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, *command.split(), "--run-dir", str(folder.parent), "--run-name", folder.name]
-    with open(folder.with_suffix(".log"), "w") as log:
-        done = subprocess.run(words, cwd=record.ROOT, stdout=log, stderr=log, env=os.environ, check=False)
-    if done.returncode:
-        sys.exit(f"failed: {command}; see {log.name}")
 
 
 def read(file: Path) -> list[dict]:

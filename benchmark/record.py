@@ -3,6 +3,8 @@ ran on. No path of that machine stands in it, so that anybody can run the comman
 
     import record                                        # first: it makes the checkout's modules importable
     record.write(out, {**record.origin(), "seconds": …})
+
+and how a study runs a script: `run_once`, `result`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,9 +31,39 @@ def origin() -> dict:
     return {"command": command(), **environment()}
 
 
+ORIGIN = ("git_commit", "git_dirty", "versions", "device_name")
+
+
 def of_run(folder: Path) -> dict:
     """The same of a finished run: what its args.json holds."""
     return json.loads((folder / "args.json").read_text())
+
+
+def where_from(folder: Path) -> dict:
+    """Of that only commit, versions and device."""
+    origin = of_run(folder)
+    return {key: origin[key] for key in ORIGIN}
+
+
+def result(folder: Path, command: str) -> dict:
+    """Where a finished run came from and how it ended."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"command": f"python {command}", **where_from(folder), "summary": summary}
+
+
+def run_once(command: str, folder: Path) -> None:
+    """Run a script (`selm.py --seed 1`) into `folder`, unless it is finished there; its output goes to a .log
+    beside it. Ends the program if it fails."""
+    if (folder / "summary.json").exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, *command.split(), "--run-dir", str(folder.parent), "--run-name", folder.name]
+    log = folder.parent / f"{folder.name}.log"
+    with open(log, "w") as lines:
+        done = subprocess.run(words, cwd=ROOT, stdout=lines, stderr=lines, check=False)
+    if done.returncode:
+        sys.exit(f"failed: {command}; see {log}")
+    print(f"done: {folder.name}", flush=True)
 
 
 def command(argv: list[str] | None = None) -> str:

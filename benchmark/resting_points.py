@@ -22,9 +22,10 @@ sys.path.insert(0, str(record.ROOT / "docs"))
 
 import theory
 
+from cleanalign.games import mixture_exploitability
 from judges import STYLES
 
-GAME = torch.tensor([[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]], dtype=torch.float64)  # p(row's style ≻ column's)
+GAME = theory.rock_paper_scissors()  # p(row's style ≻ column's), in the order of STYLES
 BETA = 0.125  # of IPO-MD and Nash-MD's mixture, over whole replies
 STEP, STEPS = 0.05, 40_000
 
@@ -40,7 +41,9 @@ def main(tau: float = 0.1) -> None:
     print(table(points))
     rounded = {name: [round(share, 6) for share in shares] for name, shares in points.items()}
     result = {"tau": tau, "beta": BETA, "reference": reference, "points": rounded}
-    result["exploitability"] = {name: round(exploitability(shares), 6) for name, shares in points.items()}
+    result["exploitability"] = {
+        name: round(mixture_exploitability(GAME.tolist(), shares), 6) for name, shares in points.items()
+    }
     record.write(record.RESULTS / "resting_points.json", {**record.origin(), **result})
 
 
@@ -83,11 +86,6 @@ def fitted_rewards() -> list[float]:
     return [fitted[style] for style in STYLES]
 
 
-def exploitability(shares: list[float]) -> float:
-    """The best style's win rate against the mix, minus ½."""
-    return (GAME @ torch.tensor(shares, dtype=torch.float64)).max().item() - 0.5
-
-
 def table(points: dict[str, list[float]]) -> str:
     """Markdown."""
     lines = [
@@ -95,7 +93,7 @@ def table(points: dict[str, list[float]]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, shares in points.items():
-        cells = [f"{value:.3f}" for value in (exploitability(shares), *shares)]
+        cells = [f"{value:.3f}" for value in (mixture_exploitability(GAME.tolist(), shares), *shares)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 
 import record
 import torch
@@ -66,16 +67,17 @@ def watch(exp: Experiment, gold: Judge, every: int) -> None:
     def begin_watched(*how) -> None:
         begin(*how)
         start = load_model(exp.args.model, exp.dtype, exp.device, exp.attention)
-        beside = answers(exp, start)
+        beside = [group[0] for group in exp.texts(answers(exp, start))]
+        judges = {"proxy": against(exp.judge, exp, beside), "gold": against(gold, exp, beside)}
         log = exp.run.log
 
         def log_watched(step: int, metrics: dict, **more) -> None:
             log(step, metrics, **more)
             if step % every == 0:
-                measure(exp, start, beside, gold, step)
+                measure(exp, start, judges, step)
 
         exp.run.log = log_watched
-        measure(exp, start, beside, gold, 0)
+        measure(exp, start, judges, 0)
 
     exp.begin = begin_watched
 
@@ -89,13 +91,12 @@ def answers(exp: Experiment, model, draw: int = 0) -> list[list[list[int]]]:
 
 
 @torch.no_grad()
-def measure(exp: Experiment, start, beside: list, gold: Judge, step: int) -> None:
+def measure(exp: Experiment, start, judges: dict[str, Callable], step: int) -> None:
     """Append one line to watched.jsonl."""
     args, prompts = exp.args, exp.eval_prompts[:PROMPTS]
-    asked = [row.prompt for row in exp.eval_rows[:PROMPTS]]
     with exp.run.phase("watching"):
         replies = answers(exp, exp.policy, 1)
-        texts, other = ([group[0] for group in exp.texts(drawn)] for drawn in (replies, beside))
+        texts = [group[0] for group in exp.texts(replies)]
         of_policy, of_start = (
             common.sequence_logprobs(
                 model, prompts, replies, args.temperature, exp.device, 4 * args.micro_batch_tokens
@@ -104,8 +105,8 @@ def measure(exp: Experiment, start, beside: list, gold: Judge, step: int) -> Non
         )
         kl = sum(a[0] - b[0] for a, b in zip(of_policy, of_start, strict=True)) / len(prompts)
         row = {"step": step, "kl": kl}
-        for name, judge in (("proxy", exp.judge), ("gold", gold)):
-            odds = log_odds(judge, asked, texts, other)
+        for name, log_odds in judges.items():
+            odds = log_odds(texts)
             row[name] = odds.mean().item()
             row[f"{name}_win_rate"] = win_rate_interval(odds.sigmoid().tolist(), resamples=1)[0]
         row["length"] = sum(len(group[0]) for group in replies) / len(prompts)
@@ -114,18 +115,14 @@ def measure(exp: Experiment, start, beside: list, gold: Judge, step: int) -> Non
         file.write(json.dumps(row) + "\n")
 
 
-KNOWN: dict[tuple, torch.Tensor] = {}  # scores of the starting model's replies, by judge
-
-
-def log_odds(judge: Judge, asked: list, a: list[str], b: list[str]) -> torch.Tensor:
-    """(B,) log-odds of p(a ≻ b): of a scalar judge the scaled difference of scores, exactly; those of b are
-    asked once."""
-    if judge.score is not None:
-        key = (judge.name, *b)
-        if key not in KNOWN:
-            KNOWN[key] = judge.score(asked, b)
-        return judge.scale * (judge.score(asked, a) - KNOWN[key])
-    return torch.logit(both_orders(judge, asked, a, b), eps=1e-6)
+def against(judge: Judge, exp: Experiment, beside: list[str]) -> Callable[[list[str]], torch.Tensor]:
+    """log_odds(replies) of p(reply ≻ the starting model's), (B,): of a scalar judge the scaled difference of
+    scores, exactly; those of `beside` are asked once."""
+    asked = [row.prompt for row in exp.eval_rows[:PROMPTS]]
+    if judge.score is None:
+        return lambda replies: torch.logit(both_orders(judge, asked, replies, beside), eps=1e-6)
+    theirs = judge.score(asked, beside)
+    return lambda replies: judge.scale * (judge.score(asked, replies) - theirs)
 
 
 if __name__ == "__main__":
