@@ -43,6 +43,7 @@ def resumed_equals_uninterrupted(script, flags, tmp_path, figures=("win_rate", "
     process = subprocess.Popen(
         [sys.executable, f"{script.__name__}.py", *flags, "--run-name=killed"],
         cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as conftest.py: sums of two threads are other sums
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
