@@ -4,7 +4,7 @@
     python benchmark/processes.py kills [COUNT]       kill -9 of one of 2 at random moments; resume
     python benchmark/processes.py memory              peak memory of a process against their number
     python benchmark/processes.py bytes               bytes on the wire, by the kernel, against the formula
-    python benchmark/processes.py default             the default selm.py: 2 processes, or 1 with 2 threads
+    python benchmark/processes.py default [SEED …]    the default selm.py: 2 processes, or 1 with 2 threads
     python benchmark/processes.py unchanged COMMIT    one process: to the bit what COMMIT computes
     python benchmark/processes.py speed COMMIT [THREADS]    and as fast
 
@@ -477,19 +477,22 @@ def timed(command: list[str], rooted: Path, threads: int) -> float:
     return time.monotonic() - began
 
 
-def default() -> None:
+def default(*seeds: str) -> None:
     """The default selm.py on 2 processes of one thread, and on one process of two threads."""
     table = {}
+    several = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
+    starts = (("2 processes", several, 1), ("1 process", [sys.executable], 2))
     with tempfile.TemporaryDirectory() as scratch:
-        several = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
-        for name, start_by, threads in (("2 processes", several, 1), ("1 process", [sys.executable], 2)):
-            command = [*start_by, "selm.py", f"--run-dir={scratch}", f"--run-name={threads}"]
+        for seed, (name, start_by, threads) in itertools.product(seeds or ("1",), starts):
+            run = f"{threads}-{seed}"
+            command = [*start_by, "selm.py", f"--run-dir={scratch}", f"--run-name={run}", f"--seed={seed}"]
             seconds = timed(command, ROOT, threads)
-            summary = json.loads((Path(scratch) / f"{threads}/summary.json").read_text())
+            summary = json.loads((Path(scratch) / f"{run}/summary.json").read_text())
             keys = ("win_rate", "win_rate_interval", "seconds", "phase_seconds", "peak_memory_bytes", "kl")
-            table[name] = {"wall_seconds": round(seconds, 1), **{key: summary[key] for key in keys}}
-            table[name]["bytes_sent"] = summary.get("bytes_sent_by_first_process")
-            print(name, table[name], flush=True)
+            row = {"wall_seconds": round(seconds, 1), **{key: summary[key] for key in keys}}
+            row["bytes_sent"] = summary.get("bytes_sent_by_first_process")
+            table.setdefault(f"seed {seed}", {})[name] = row
+            print(seed, name, row, flush=True)
     write("default", {"runs": table})
 
 
