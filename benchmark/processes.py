@@ -557,7 +557,7 @@ COMMANDS = {
     "kills": lambda rest: kills(int(rest[0]) if rest else 20),
     "memory": lambda rest: memory(),
     "bytes": lambda rest: count_bytes(),
-    "default": lambda rest: default(),
+    "default": lambda rest: default(*rest),
     "unchanged": lambda rest: unchanged(rest[0]),
     "speed": lambda rest: speed(rest[0], *map(int, rest[1:])),
     "nursery": lambda rest: nursery(),
