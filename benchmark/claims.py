@@ -6,8 +6,8 @@
     python benchmark/claims.py run nash_rate      # a study, or a row's; `run` alone runs what is not recorded
 
 The rows stand in ledger_*.py and untested.py, the studies in tabular.py and bandit.py. Between the page's
-marks everything is generated; the rest is prose and holds no result. A study's figures go to results/claims.json
-with its command and commit; what is recorded there is reused unless --again.
+marks everything is generated; the rest is prose and holds no result. A study's figures go to
+results/claims.json with its command and commit; what is recorded there is reused unless --again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import ledger_demonstrations
 import ledger_ipo
@@ -145,9 +146,10 @@ def ledger(results: Results, paper: str) -> str:
 
 
 def link(place: str) -> str:
-    """file:function as a link to the file that names the function."""
+    """file:function as a link to the file, named module.function, or a test by its name."""
     file, name = place.split(":")
-    return f"[`{name}`](../{file})"
+    shown = name if file.startswith("tests/") else f"{Path(file).stem}.{name}"
+    return f"[`{shown}`](../{file})"
 
 
 def table(heads: tuple[str, ...]) -> list[str]:

@@ -56,7 +56,7 @@ def reverse_kl_seeks(results):
     between."""
     fits = results.study("divergences")["fits"]
     text = "; ".join(
-        f"{name}: mean {point(fit[0], 2)}, width {point(fit[1], 2)}" for name, fit in fits.items()
+        f"{name}: mean {point(fit[0], 2)}, width {point(fit[1], 2)}" for name, fit in list(fits.items())[1:]
     )
     reverse, wide, narrow = (
         fits[f"{name}"] for name in ("reverse-kl from -0.5", "js from -0.5", "js from -1.5")

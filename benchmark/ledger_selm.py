@@ -127,7 +127,8 @@ def practice_row(results: Results, way: str) -> tuple[str, str]:
     most = max(row["found"] for row in found.values())
     paper = max(abs(rest[alpha][0]) for alpha in ("0.0001", "0.001"))
     text = (
-        f"the best arm is found in at most {share(most)} of seeds at any α; late regret less that of α = 0: "
+        f"the best arm is found in {f'at most {share(most)} of seeds' if most else 'no seed'} at any α; late "
+        "regret less that of α = 0: "
         f"at most {point(paper)} either way at the paper's α, {spread(rest[lowest])} at its best ({lowest}), "
         f"{spread(rest['1'])} at 1"
     )

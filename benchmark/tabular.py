@@ -276,7 +276,8 @@ def online_dpo() -> dict:
 
 def sweep() -> dict:
     """The resting point of IPO-MD and Nash-MD over τ and β on rock-paper-scissors from μ = (.6, .3, .1):
-    exploitability, KL(π‖μ) in nats, and the largest gradient there of `ipo_md.preference_loss`."""
+    exploitability, KL(π‖μ) in nats, the same KL of the mixture that is sampled, and the largest gradient
+    there of `ipo_md.preference_loss`."""
     preference, cells, gradients = theory.rock_paper_scissors(), {}, []
     for tau, beta in itertools.product((0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)):
         if beta == 1:
@@ -288,9 +289,17 @@ def sweep() -> dict:
             gradients.append(theory.gradient(loss, rest.log()))
         cells[f"{tau:g}, {beta:g}"] = {
             "exploitability": round(exploitability(preference, rest), 5),
-            "kl": round(theory.kl(rest.clamp(min=1e-300), MU).item(), 5),
+            "kl": nats(rest),
+            "mixture_kl": nats(
+                MU if beta == 1 else theory.regularised_nash(preference, MU, tau / (1 - beta))
+            ),
         }
     return {"cells": cells, "gradient_at_rest": largest(gradients)}
+
+
+def nats(policy: torch.Tensor) -> float:
+    """KL(π‖μ), rounded."""
+    return round(theory.kl(policy.clamp(min=1e-300), MU).item(), 5)
 
 
 def exploitability(preference: torch.Tensor, policy: torch.Tensor) -> float:

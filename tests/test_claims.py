@@ -1,5 +1,5 @@
-"""The claims ledger: docs/claims.md says what the recorded results say, every row names code and a command that
-exist, and a changed figure, on the page or in the results, is seen."""
+"""The claims ledger: docs/claims.md says what the recorded results say, every row names code and a command
+that exist, and a changed figure, on the page or in the results, is seen."""
 
 import ast
 import functools
@@ -14,8 +14,7 @@ import pytest
 
 from cleanalign import command_line
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 
 import claims
 import ledger
@@ -30,9 +29,12 @@ import preference_model
 import selm
 import spin
 
+ROOT = Path(__file__).parent.parent
 SCRIPTS = {"selm.py": selm, "ipo_md.py": ipo_md, "nash_md.py": nash_md, "afd.py": afd, "spin.py": spin}
 SCRIPTS["preference_model.py"] = preference_model
-COMMANDS = sorted({row.command for row in claims.CLAIMS} | {c for j in untested.JOBS.values() for c in j.commands})
+COMMANDS = sorted(
+    {row.command for row in claims.CLAIMS} | {c for j in untested.JOBS.values() for c in j.commands}
+)
 
 
 @functools.cache
@@ -130,7 +132,9 @@ def test_every_study_is_recorded_clean_and_printed(name, results):
             return [shift(inner) for inner in value]
         return value + 0.5 if isinstance(value, float) else value
 
-    other = changed(results, "claims", lambda content: content[name].update(figures=shift(recorded["figures"])))
+    other = changed(
+        results, "claims", lambda content: content[name].update(figures=shift(recorded["figures"]))
+    )
     assert claims.drift(other, claims.PAGE.read_text())
 
 
@@ -212,7 +216,9 @@ def test_the_command_of_a_row_exists(command):
 def test_a_study_gives_the_recorded_figures(name):
     if name == "selm_force":
         recorded = ledger.Results().study("selm_identities")["force"]
-        assert {f"{a:g}": pytest.approx(tabular.force(a), rel=1e-6) for a in (1e-4, 1e-3, 1e-2, 1.0)} == recorded
+        assert {
+            f"{a:g}": pytest.approx(tabular.force(a), rel=1e-6) for a in (1e-4, 1e-3, 1e-2, 1.0)
+        } == recorded
         return
     recorded, again = ledger.Results().study(name), tabular.STUDIES[name]()
     assert flat(again) == pytest.approx(flat(recorded), rel=1e-4, abs=1e-8)
@@ -252,7 +258,13 @@ def test_the_list_names_every_row(capsys):
 
 
 def test_how_figures_are_written():
-    assert [ledger.point(x) for x in (0.1234, -0.5, 1.5, -0.0001, 10.25)] == [".123", "−.500", "1.500", ".000", "10.250"]
+    assert [ledger.point(x) for x in (0.1234, -0.5, 1.5, -0.0001, 10.25)] == [
+        ".123",
+        "−.500",
+        "1.500",
+        ".000",
+        "10.250",
+    ]
     assert (ledger.tiny(3e-14), ledger.tiny(0.0)) == ("< 1e-13", "0")
     assert ledger.seeds_for(0.02, [0.0, 0.02, 0.04]) == 8  # (2.802 · .02 / .02)² = 7.85
     assert ledger.told(1.0, 0.4) == ledger.IN_SHAPE and ledger.told(-1.0, 0.4) == ledger.CONTRADICTED
