@@ -130,7 +130,7 @@ def test_every_study_is_recorded_clean_and_printed(name, results):
             return {key: shift(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [shift(inner) for inner in value]
-        return value + 0.5 if isinstance(value, float) else value
+        return value + 0.5 if isinstance(value, int | float) else value
 
     other = changed(
         results, "claims", lambda content: content[name].update(figures=shift(recorded["figures"]))
