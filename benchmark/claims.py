@@ -184,12 +184,12 @@ def seeds(results: Results) -> str:
 
 
 def gpu(results: Results) -> str:
-    """What a GPU would run: commands and reckoned hours."""
-    lines = table(("what", "commands", "judge and data", "H200 hours, reckoned"))
+    """What a GPU would run: reckoned hours, then the commands."""
+    lines, commands = table(("what", "judge and data", "H200 hours, reckoned")), []
     for job in JOBS.values():
-        commands = "<br>".join(f"`{command}`" for command in job.commands)
-        lines.append(f"| {job.what} | {commands} | {job.judge} | {job.hours()} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {job.what} | {job.judge} | {job.hours()} |")
+        commands += [f"# {job.what}", *job.commands]
+    return "\n".join([*lines, "", "```bash", *commands, "```"]) + "\n"
 
 
 def listing(results: Results) -> list[str]:

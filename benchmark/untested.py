@@ -51,8 +51,8 @@ JOBS = {
     ),
     "zephyr": Job(
         "SELM and iterative DPO, Zephyr-7B-SFT, one offline epoch first, three seeds each",
-        ("python selm.py --model zephyr-7b --lora-rank 0",
-         "python selm.py --model zephyr-7b --lora-rank 0 --alpha 0"),
+        ("python selm.py --model zephyr-7b --lora-rank 0 --optimizer-states bfloat16",
+         "python selm.py --model zephyr-7b --lora-rank 0 --optimizer-states bfloat16 --alpha 0"),
         f"{PAIRRM}; then AlpacaEval 2 and MT-Bench",
         7e9, ULTRAFEEDBACK, 1300, ULTRAFEEDBACK, 248, 600, runs=6,
     ),
@@ -69,7 +69,8 @@ JOBS = {
          "python ipo_md.py --model pythia-1b-tldr --beta 0 --loss slic --tau 10",
          "python nash_md.py --model pythia-1b-tldr --max-steps 30000 --epochs 9",
          "python nash_md.py --model pythia-1b-tldr --objective rlhf --tau 0.05 --max-steps 30000 --epochs 9"),
-        "a pairwise model of the 92,820 TL;DR comparisons (preference_model.py --kind pairwise), and another "
+        "a pairwise model of the 92,820 TL;DR comparisons (preference_model.py --kind pairwise; "
+        "then --judge pairwise:RUN/model, for RLHF a reward model of the same pairs), and another "
         "that only scores (evaluate.py)",
         1e9, 960_000, 470, 1_920_000, 64, 64, runs=18, models=2,
     ),
@@ -91,7 +92,7 @@ JOBS = {
         2.5e9, 420_000, 300, 250_000, 256, 128, runs=6,
     ),
     "spin": Job(
-        "SPIN, a 7B SFT model, 50,000 demonstrations, four iterations of two epochs",
+        "SPIN, Llama-3-8B by LoRA, 50,000 demonstrations, four iterations of two epochs",
         ("python spin.py --model llama3-8b --demonstrations ultrachat.jsonl --iterations 4"
          " --policy-epochs 2",),
         "UltraChat's demonstrations; then MT-Bench and the Open LLM Leaderboard's tasks",
