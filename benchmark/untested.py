@@ -96,7 +96,7 @@ JOBS = {
         ("python spin.py --model llama3-8b --demonstrations ultrachat.jsonl --iterations 4"
          " --policy-epochs 2",),
         "UltraChat's demonstrations; then MT-Bench and the Open LLM Leaderboard's tasks",
-        7e9, 400_000, 800, 200_000, 248, 500,
+        8e9, 400_000, 800, 200_000, 248, 500,
     ),
 }  # fmt: skip
 
