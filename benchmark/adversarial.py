@@ -18,7 +18,7 @@ import tyro
 from compare import show, smooth
 
 SFT = "afd.py --objective forward-kl --micro-batch-tokens 768 --save-every 0"
-FLAGS = "--policy-steps 100 --batch-size 8 --samples-per-prompt 3 --micro-batch-tokens 768 --save-every 0"
+FLAGS = "--policy-steps 100 --batch-size 8 --samples-per-prompt 2 --micro-batch-tokens 768 --save-every 0"
 OBJECTIVES = ("reverse-kl", "js")
 PANELS = {
     "score": "judge's score of the policy's samples",

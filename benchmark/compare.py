@@ -33,8 +33,8 @@ from judges import STYLES
 # Hundreds of steps with five seeds: a small model that PREPARE teaches human replies, which hold more questions
 # and exclamations than SmolLM2's.
 CYCLE = (
-    "--model {run_dir}/cycle-sft/model --dtype float32 --judge cycle --eval-judge None --eval-prompts 512"
-    " --tau 0.1 --learning-rate 1e-4 --batch-size 32 --num-prompts None --max-steps 300"
+    "--model {run_dir}/cycle-sft/model --dtype float32 --judge cycle --eval-judge None --eval-prompts 256"
+    " --tau 0.1 --learning-rate 3e-4 --batch-size 16 --num-prompts None --max-steps 250"
     " --micro-batch-tokens 4096"
 )
 LATE = 100  # steps at the end of a run of the cycle study that are looked at together
@@ -46,9 +46,9 @@ PREPARE = {  # study: (file or folder made, the command that makes it)
         (
             "{run_dir}/cycle-sft/model",
             "afd.py --objective forward-kl --model {run_dir}/small --dtype float32"
-            " --min-demonstration-score None --num-prompts 40000 --epochs 1 --learning-rate 2e-3"
-            " --batch-size 64 --micro-batch-tokens 4096 --eval-prompts 512 --save-every 0"
-            " --run-dir {run_dir} --run-name cycle-sft",
+            " --min-demonstration-score None --num-prompts 32000 --epochs 1 --learning-rate 3e-3"
+            " --batch-size 64 --micro-batch-tokens 4096 --judge cycle --eval-judge None --eval-prompts 256"
+            " --save-every 0 --run-dir {run_dir} --run-name cycle-sft",
         ),
         (
             str(record.RESULTS / "cycle_small_reward.json"),
