@@ -34,7 +34,7 @@ from judges import STYLES
 # and exclamations than SmolLM2's.
 CYCLE = (
     "--model {run_dir}/cycle-sft/model --dtype float32 --judge cycle --eval-judge None --eval-prompts 256"
-    " --tau 0.1 --learning-rate 3e-4 --batch-size 16 --num-prompts None --max-steps 250"
+    " --tau 0.1 --learning-rate 4e-4 --batch-size 16 --num-prompts None --max-steps 200"
     " --micro-batch-tokens 4096"
 )
 LATE = 100  # steps at the end of a run of the cycle study that are looked at together
