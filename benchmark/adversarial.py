@@ -1,24 +1,33 @@
 """Adversarial imitation over its updates: afd.py --objective reverse-kl and js from one SFT model, several seeds,
 curves in one plot.
 
-    python benchmark/adversarial.py --seeds 3       # seven runs; finished ones are reused
-    python benchmark/adversarial.py --redraw        # only plot and table anew
+    python benchmark/adversarial.py --seeds 3                  # SmolLM2: seven runs of half an hour
+    python benchmark/adversarial.py --scale small --seeds 5    # a model of a million weights, in minutes
+    python benchmark/adversarial.py --redraw                   # only plot and table anew
 
-The judge's score of the policy's samples is there to look at; nothing learned from it. Writes
-benchmark/results/adversarial.json, .md and .png.
+The small model is the start of `benchmark/compare.py cycle`, which that makes (--run-dir). The judge's score of
+the policy's samples is there to look at; nothing learned from it. Finished runs are reused; writes
+benchmark/results/adversarial.json, .md and .png, or adversarial_small.*.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import record
 import tyro
-from compare import show, smooth
+from compare import show_all, smooth
 
-SFT = "afd.py --objective forward-kl --micro-batch-tokens 768 --save-every 0"
-FLAGS = "--policy-steps 100 --batch-size 8 --samples-per-prompt 2 --micro-batch-tokens 768 --save-every 0"
+SCALES = {  # name: (flags of both stages, of SFT, of the adversarial stage)
+    "smollm2": ("--micro-batch-tokens 768", "", "--batch-size 8 --samples-per-prompt 2"),
+    "small": (
+        "--model {small} --dtype float32 --micro-batch-tokens 4096 --num-prompts 8000 --eval-prompts 512",
+        "--learning-rate 1e-3 --batch-size 64 --epochs 1",
+        "--batch-size 16 --samples-per-prompt 4 --policy-learning-rate 4e-4 --reward-learning-rate 4e-4",
+    ),
+}
 OBJECTIVES = ("reverse-kl", "js")
 PANELS = {
     "score": "judge's score of the policy's samples",
@@ -29,24 +38,38 @@ PANELS = {
 COLUMNS = ("score_after", "win_rate", "eval_judge_win_rate", "length_after", "distinct_2_after", "kl")
 
 
-def main(seeds: int = 3, run_dir: str = "runs/adversarial", redraw: bool = False) -> None:
+def main(
+    scale: Literal["smollm2", "small"] = "smollm2",
+    seeds: int = 3,
+    updates: int = 100,
+    run_dir: str = "runs/adversarial",
+    small: str = "runs/compare/cycle-sft/model",
+    redraw: bool = False,
+) -> None:
     """Run what is not finished yet; write curves, summaries and the table.
 
     Args:
+        scale: whose runs.
         seeds: seeds 1 to this number.
+        updates: policy updates of a run.
         run_dir: where the run folders go.
+        small: the small model's folder.
         redraw: draw the recorded results again, run nothing.
     """
-    file = record.RESULTS / "adversarial.json"
+    file = record.RESULTS / ("adversarial.json" if scale == "smollm2" else "adversarial_small.json")
     if redraw:
-        return report(json.loads(file.read_text()))
+        return report(file)
     folder = Path(run_dir).resolve()
-    record.run_once(SFT, folder / "sft")
-    result = {"command": record.command(), "sft": record.result(folder / "sft", SFT), "runs": []}
+    both, of_sft, of_policy = (flags.format(small=Path(small).resolve()) for flags in SCALES[scale])
+    both += " --save-every 0"
+    command = " ".join(f"afd.py --objective forward-kl {both} {of_sft}".split())
+    record.run_once(command, folder / "sft")
+    result = {"command": record.command(), "sft": record.result(folder / "sft", command), "runs": []}
     for seed in range(1, seeds + 1):
         for objective in OBJECTIVES:
             where = folder / f"{objective}-seed{seed}"
-            command = f"afd.py --objective {objective} --sft-model {folder}/sft/sft {FLAGS} --seed {seed}"
+            command = f"afd.py --objective {objective} --sft-model {folder}/sft/sft {both} {of_policy}"
+            command += f" --policy-steps {updates} --seed {seed}"
             record.run_once(command, where)
             steps = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
             curves = {}
@@ -56,19 +79,20 @@ def main(seeds: int = 3, run_dir: str = "runs/adversarial", redraw: bool = False
             row = {"objective": objective, "seed": seed, **record.result(where, command), "curves": curves}
             result["runs"].append(row)
             record.write(file, result)
-    report(result)
+    report(file)
 
 
-def report(result: dict) -> None:
-    """Write the plot and the table, and print the table."""
-    plot(result["runs"])
-    text = table(result)
-    (record.RESULTS / "adversarial.md").write_text(text)
-    print(text)
+def report(file: Path) -> None:
+    """Write the plot and the table beside the JSON `file`, and print the table."""
+    result = json.loads(file.read_text())
+    plot(result["runs"], file.with_suffix(".png"))
+    file.with_suffix(".md").write_text(table(result))
+    print(table(result))
 
 
 def table(result: dict) -> str:
-    """Markdown: the SFT model and each objective, a cell with every seed's figure."""
+    """Markdown: the SFT model and each objective, a cell with every seed's figure, of more than three the mean
+    ± its standard error."""
     lines = [
         "| | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -76,12 +100,12 @@ def table(result: dict) -> str:
     groups = {"SFT": [result["sft"]]}
     groups |= {name: [row for row in result["runs"] if row["objective"] == name] for name in OBJECTIVES}
     for name, rows in groups.items():
-        cells = [" / ".join(show(row["summary"].get(column)) for row in rows) for column in COLUMNS]
+        cells = [show_all([row["summary"].get(column) for row in rows]) for column in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict]) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """A panel a metric over policy updates: a thin line a seed, a thick one the mean over seeds and five
     updates."""
     import matplotlib
@@ -102,7 +126,7 @@ def plot(rows: list[dict]) -> None:
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.tight_layout()
-    figure.savefig(record.RESULTS / "adversarial.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
