@@ -1,67 +1,132 @@
-"""Adversarial imitation over its updates: the curves of finished runs of afd.py --objective reverse-kl and js
-in one plot.
+"""Adversarial imitation over its updates: afd.py --objective reverse-kl and js from one SFT model, several seeds,
+curves in one plot.
 
-    python afd.py --objective reverse-kl --sft-model runs/NAME/sft --run-name rkl
-    python afd.py --objective js --sft-model runs/NAME/sft --run-name js
-    python benchmark/adversarial.py runs/rkl runs/js       # writes results/adversarial.png and .json
+    python benchmark/adversarial.py --seeds 3                  # SmolLM2: seven runs of half an hour
+    python benchmark/adversarial.py --scale small --seeds 5    # a model of a million weights, in minutes
+    python benchmark/adversarial.py --redraw                   # only plot and table anew
 
-The judge's score of the policy's samples is there to look at; nothing learned from it.
+The small model is the start of `benchmark/compare.py cycle`, which that makes (--run-dir). The judge's score of
+the policy's samples is there to look at; nothing learned from it. Finished runs are reused; writes
+benchmark/results/adversarial.json, .md and .png, or adversarial_small.*.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+from typing import Literal
 
 import record
 import tyro
-from compare import smooth
+from compare import show_all, smooth
 
+SCALES = {  # name: (flags of both stages, of SFT, of the adversarial stage)
+    "smollm2": ("--micro-batch-tokens 768", "", "--batch-size 8 --samples-per-prompt 2"),
+    "small": (
+        "--model {small} --dtype float32 --micro-batch-tokens 4096 --num-prompts 8000 --eval-prompts 512",
+        "--learning-rate 1e-3 --batch-size 64 --epochs 1",
+        "--batch-size 16 --samples-per-prompt 4 --policy-learning-rate 4e-4 --reward-learning-rate 4e-4",
+    ),
+}
+OBJECTIVES = ("reverse-kl", "js")
 PANELS = {
     "score": "judge's score of the policy's samples",
     "discriminator_accuracy": "discriminator's accuracy on its batch, before its update",
     "kl": "KL(π ‖ π_SFT), nats per reply",
     "length": "tokens per reply",
 }
+COLUMNS = ("score_after", "win_rate", "eval_judge_win_rate", "length_after", "distinct_2_after", "kl")
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]], name: str = "adversarial") -> None:
-    """Read the runs' metrics; write the plot, and summaries and curves as JSON.
+def main(
+    scale: Literal["smollm2", "small"] = "smollm2",
+    seeds: int = 3,
+    updates: int = 100,
+    run_dir: str = "runs/adversarial",
+    small: str = "runs/compare/cycle-sft/model",
+    redraw: bool = False,
+) -> None:
+    """Run what is not finished yet; write curves, summaries and the table.
 
     Args:
-        runs: finished run folders.
-        name: of the files written to benchmark/results.
+        scale: whose runs.
+        seeds: seeds 1 to this number.
+        updates: policy updates of a run.
+        run_dir: where the run folders go.
+        small: the small model's folder.
+        redraw: draw the recorded results again, run nothing.
     """
+    file = record.RESULTS / ("adversarial.json" if scale == "smollm2" else "adversarial_small.json")
+    if redraw:
+        return report(file)
+    folder = Path(run_dir).resolve()
+    both, of_sft, of_policy = (flags.format(small=Path(small).resolve()) for flags in SCALES[scale])
+    both += " --save-every 0"
+    command = " ".join(f"afd.py --objective forward-kl {both} {of_sft}".split())
+    record.run_once(command, folder / "sft")
+    result = {"command": record.command(), "sft": record.result(folder / "sft", command), "runs": []}
+    for seed in range(1, seeds + 1):
+        for objective in OBJECTIVES:
+            where = folder / f"{objective}-seed{seed}"
+            command = f"afd.py --objective {objective} --sft-model {folder}/sft/sft {both} {of_policy}"
+            command += f" --policy-steps {updates} --seed {seed}"
+            record.run_once(command, where)
+            steps = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+            curves = {}
+            for key in PANELS:
+                logged = f"adversarial/{key}"
+                curves[key] = [step[logged] for step in steps if logged in step]
+            row = {"objective": objective, "seed": seed, **record.result(where, command), "curves": curves}
+            result["runs"].append(row)
+            record.write(file, result)
+    report(file)
+
+
+def report(file: Path) -> None:
+    """Write the plot and the table beside the JSON `file`, and print the table."""
+    result = json.loads(file.read_text())
+    plot(result["runs"], file.with_suffix(".png"))
+    file.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    """Markdown: the SFT model and each objective, a cell with every seed's figure, of more than three the mean
+    ± its standard error."""
+    lines = [
+        "| | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    groups = {"SFT": [result["sft"]]}
+    groups |= {name: [row for row in result["runs"] if row["objective"] == name] for name in OBJECTIVES}
+    for name, rows in groups.items():
+        cells = [show_all([row["summary"].get(column) for row in rows]) for column in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """A panel a metric over policy updates: a thin line a seed, a thick one the mean over seeds and five
+    updates."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7))
-    result = {"command": record.command(), "runs": []}
-    for i, run in enumerate(runs):
-        if not (run / "summary.json").exists():
-            finished = "give finished runs of afd.py --objective reverse-kl or js"
-            sys.exit(f"error: {run}: no summary.json there; {finished}.")
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curves = {}
-        for key in PANELS:
-            logged = f"adversarial/{key}"
-            curves[key] = [step[logged] for step in steps if logged in step]
-        summary = json.loads((run / "summary.json").read_text())
-        result["runs"].append({**record.of_run(run), "summary": summary, "curves": curves})
-        for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-            values, label = curves[key], summary["objective"]
-            updates = range(1, len(values) + 1)
-            axis.plot(updates, values, color=f"C{i}", alpha=0.35, linewidth=0.8)
-            axis.plot(updates, smooth(values), color=f"C{i}", linewidth=2, label=label)
-            axis.set_title(title, fontsize=10)
-            axis.set_xlabel("policy update")
+    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for i, objective in enumerate(OBJECTIVES):
+            curves = [row["curves"][key] for row in rows if row["objective"] == objective]
+            for curve in curves:
+                axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.7)
+            mean = smooth([sum(values) / len(values) for values in zip(*curves, strict=True)])
+            axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=objective)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("policy update")
+        axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.tight_layout()
-    figure.savefig(record.RESULTS / f"{name}.png", dpi=110)
-    record.write(record.RESULTS / f"{name}.json", result)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,27 +23,37 @@ from pathlib import Path
 import record
 import tyro
 
+sys.path.insert(0, str(record.ROOT / "docs"))
+
+import theory
+
+from cleanalign.games import mixture_exploitability
 from judges import STYLES
 
-# Human replies hold more questions and exclamations than SmolLM2's: the study starts from a model of them,
-# made by PREPARE.
+# Hundreds of steps with five seeds: a small model that PREPARE teaches human replies, which hold more questions
+# and exclamations than SmolLM2's.
 CYCLE = (
-    "--model {run_dir}/cycle-sft/model --judge cycle --eval-judge None --eval-prompts 64 --tau 0.1"
-    " --learning-rate 6e-5 --batch-size 12 --epochs 8 --max-steps 200 --micro-batch-tokens 768"
+    "--model {run_dir}/cycle-sft/model --dtype float32 --judge cycle --eval-judge None --eval-prompts 256"
+    " --tau 0.1 --learning-rate 4e-4 --batch-size 16 --num-prompts None --max-steps 200"
+    " --micro-batch-tokens 4096"
 )
+LATE = 100  # steps at the end of a run of the cycle study that are looked at together
 # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
-CYCLE_SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
+CYCLE_SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:small_reward")
 PREPARE = {  # study: (file or folder made, the command that makes it)
     "cycle": (
+        ("{run_dir}/small", "benchmark/small_model.py --out {run_dir}/small"),
         (
             "{run_dir}/cycle-sft/model",
-            "afd.py --objective forward-kl --min-demonstration-score None --num-prompts 640 --epochs 1"
-            " --micro-batch-tokens 768 --eval-prompts 64 --save-every 0"
-            " --run-dir {run_dir} --run-name cycle-sft",
+            "afd.py --objective forward-kl --model {run_dir}/small --dtype float32"
+            " --min-demonstration-score None --num-prompts 32000 --epochs 1 --learning-rate 3e-3"
+            " --batch-size 64 --micro-batch-tokens 4096 --judge cycle --eval-judge None --eval-prompts 256"
+            " --save-every 0 --run-dir {run_dir} --run-name cycle-sft",
         ),
         (
-            "{run_dir}/cycle_reward.json",
-            "benchmark/cycle_reward.py --model {run_dir}/cycle-sft/model --copy {run_dir}/cycle_reward.json",
+            str(record.RESULTS / "cycle_small_reward.json"),
+            "benchmark/cycle_reward.py --model {run_dir}/cycle-sft/model --prompts 4096"
+            " --name cycle_small_reward",
         ),
     )
 }
@@ -79,7 +90,8 @@ COLUMNS = (
     "length_after",
     "exploitability_after",
 )
-COLUMNS += tuple(f"style/{style}_after" for style in ("question", "exclamation", "statement"))
+COLUMNS += tuple(f"style/{style}_after" for style in STYLES)
+COLUMNS += ("late_exploitability", *(f"late_style/{style}" for style in STYLES), "late_swing")
 
 
 def main(
@@ -143,32 +155,53 @@ def main(
     rows = []
     for name, seed, command, folder in finished:
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows.append(
-            {
-                "variant": name,
-                "seed": seed,
-                **record.result(folder, command),
-                **{metric: [step.get(metric) for step in steps] for metric in metrics},
-            }
-        )
+        row = {"variant": name, "seed": seed, **record.result(folder, command)}
+        row |= {metric: [step.get(metric) for step in steps] for metric in metrics}
+        rows.append(row | (late(row) if study == "cycle" else {}))
     record.write(out / f"{study}.json", {"command": record.command(), "runs": rows})
     (out / f"{study}.md").write_text(table(rows, list(variants)))
     plot(rows, list(variants), metrics, out / f"{study}.png")
     print((out / f"{study}.md").read_text())
 
 
+def late(row: dict) -> dict:
+    """A cycle run's last `LATE` steps taken together: the styles' mean shares, the exploitability of that mix,
+    and how far a share swings (the standard deviation of running means over five steps, averaged over styles).
+
+    A step's own exploitability is a maximum over the noisy shares of one batch and so reads high; of the mean
+    shares it hardly does. A policy that circles has a safe mean and a large swing.
+    """
+    shares = [row[f"style/{style}"][-LATE:] for style in STYLES]
+    means = [sum(values) / len(values) for values in shares]
+    swings = [statistics.pstdev(smooth(values)) for values in shares]
+    return {
+        "late_exploitability": mixture_exploitability(theory.rock_paper_scissors().tolist(), means),
+        **{f"late_style/{style}": value for style, value in zip(STYLES, means, strict=True)},
+        "late_swing": sum(swings) / len(swings),
+    }
+
+
 def table(rows: list[dict], variants: list[str]) -> str:
     """Markdown: one line a variant, each cell the seeds' values."""
-    columns = [c for c in COLUMNS if any(row["summary"].get(c) is not None for row in rows)]
+    rows = [{"variant": row["variant"], **row["summary"], **row} for row in rows]
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
     lines = [
         "| variant | " + " | ".join(c.replace("_", " ") for c in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for name in variants:
-        summaries = [row["summary"] for row in rows if row["variant"] == name]
-        cells = [" / ".join(show(summary.get(column)) for summary in summaries) for column in columns]
+        mine = [row for row in rows if row["variant"] == name]
+        cells = [show_all([row.get(column) for row in mine]) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def show_all(values: list[float | None]) -> str:
+    """Each seed's figure; of more than three the mean ± its standard error."""
+    if len(values) <= 3 or None in values:
+        return " / ".join(map(show, values))
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{show(sum(values) / len(values))} ± {error:.3f}"
 
 
 def show(value: float | None) -> str:
@@ -220,7 +253,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
 
 def resting(variant: str, metric: str) -> float | None:
     """The metric at the variant's resting point, if `benchmark/resting_points.py` knows one."""
-    known = json.loads((record.RESULTS / "resting_points.json").read_text())
+    known = json.loads((record.RESULTS / "resting_points.json").read_text()).get("cycle", {"points": {}})
     if variant not in known["points"]:
         return None
     if metric == "exploitability":

@@ -1,7 +1,7 @@
 """A scalar reward for a judge that has none: Bradley-Terry fitted to the cycle judge on pairs of the starting
 model's replies.
 
-    python benchmark/cycle_reward.py        # samples, asks the judge, fits, writes results/cycle_reward.json
+    python benchmark/cycle_reward.py --model runs/NAME/model    # samples, asks the judge, fits, writes
     python nash_md.py --objective rlhf --judge benchmark/cycle_reward.py:reward --eval-judge cycle
 
 The judge sees nothing of a reply but its style, so the best scalar is one number a style: the
@@ -26,21 +26,24 @@ from cleanalign.data import load_rows
 from cleanalign.models import end_tokens, load_model, load_tokenizer, resolve_dtype
 from judges import STYLES, cycle_measure, cycle_preference, style
 
-FITTED = record.RESULTS / "cycle_reward.json"
-
 
 @cache
-def _rewards() -> list[float]:
-    return list(json.loads(FITTED.read_text())["reward"].values())
+def _rewards(name: str) -> list[float]:
+    return list(json.loads((record.RESULTS / f"{name}.json").read_text())["reward"].values())
 
 
 def reward(prompts: list[str], replies: list[str]) -> list[float]:
-    """The fitted scalar of each reply's style."""
-    return [_rewards()[style(reply)] for reply in replies]
+    """The scalar of each reply's style, fitted to replies of SmolLM2 that was taught human ones."""
+    return [_rewards("cycle_reward")[style(reply)] for reply in replies]
+
+
+def small_reward(prompts: list[str], replies: list[str]) -> list[float]:
+    """The same, fitted to replies of the small model that `benchmark/compare.py cycle` starts from."""
+    return [_rewards("cycle_small_reward")[style(reply)] for reply in replies]
 
 
 # the run's log shows style shares and exploitability, as under the judge itself
-reward.measure = cycle_measure
+reward.measure = small_reward.measure = cycle_measure
 
 
 def fit(first: list[str], second: list[str]) -> torch.Tensor:
@@ -61,9 +64,9 @@ def fit(first: list[str], second: list[str]) -> torch.Tensor:
     return (r - r.mean()).detach()
 
 
-def main(model: str = "smollm2-135m", prompts: int = 512, copy: str | None = None) -> None:
-    """Sample two replies to each of `prompts` training prompts of chitchat from `model`, fit, write; also to
-    the file `copy`."""
+def main(model: str, name: str = "cycle_reward", prompts: int = 512) -> None:
+    """Sample two replies to each of `prompts` training prompts of chitchat from `model`, fit, write to
+    results/`name`.json."""
     device = torch.device("cpu")
     policy = load_model(model, resolve_dtype("auto", device), device, "eager")
     tokenizer = load_tokenizer(model)
@@ -87,9 +90,7 @@ def main(model: str = "smollm2-135m", prompts: int = 512, copy: str | None = Non
         "shares": cycle_measure([*first, *second]),
         "reward": dict(zip(STYLES, fitted.tolist(), strict=True)),
     }
-    for path in (FITTED, copy):
-        if path is not None:
-            record.write(path, result)
+    record.write(record.RESULTS / f"{name}.json", result)
     print(json.dumps({key: result[key] for key in ("pairs", "shares", "reward")}, indent=1))
 
 

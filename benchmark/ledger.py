@@ -48,6 +48,10 @@ class Results:
         """The figures of a study of benchmark/tabular.py."""
         return self["claims"][name]["figures"]
 
+    def recorded(self, *names: str) -> list[str]:
+        """Those of the names that are there."""
+        return [name for name in names if (self.folder / f"{name}.json").exists()]
+
     def default_run(self, script: str) -> dict | None:
         """Summary of a script's default run, None if it is not recorded."""
         runs = self["default_runs"]
@@ -166,3 +170,37 @@ def seeds_for(difference: float, gaps: list[float]) -> int:
     """Pairs of runs that show a mean difference at 5 %, two-sided, with 80 % power, from some pairs' spread
     (normal approximation)."""
     return math.ceil(((1.960 + 0.842) * deviation(gaps) / difference) ** 2)
+
+
+# --- the cycle judge, in both studies of it that may be recorded ---------------------------------
+
+STYLES = ("question", "exclamation", "statement")  # in the order of the resting points
+CYCLES = {"cycle": "a small model", "cycle_smollm2": "SmolLM2"}
+
+
+def cycle_studies(results: Results) -> dict[str, list[dict]]:
+    """The recorded studies' runs."""
+    return {name: results[name]["runs"] for name in results.recorded(*CYCLES)}
+
+
+def cycle_value(run: dict, key: str) -> float:
+    """Exploitability, or a style's share: of the run's last steps together where the study took them so, else
+    of the final comparison."""
+    return run.get(f"late_{key}", run["summary"][f"{key}_after"])
+
+
+def at_rest(results: Results, study: str) -> dict:
+    """Points and exploitability at rest in that study's game."""
+    known = results["resting_points"]
+    return known.get(study, known)
+
+
+def each_seed(values: list[float]) -> str:
+    """Every seed's figure, of more than three the mean ± its standard error."""
+    return listed(values) if len(values) <= 3 else spread([mean(values), error(values)])
+
+
+def cycle_said(name: str, runs: list[dict]) -> str:
+    """Which study: model, steps, seeds."""
+    seeds = len({run["seed"] for run in runs})
+    return f"{CYCLES[name]}, {runs[0]['summary']['steps']} steps, {seeds} seeds: "

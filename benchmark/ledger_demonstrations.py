@@ -206,27 +206,60 @@ def init_sft_matches_preferences(results):
 @afd(
     "Section 3, adversarial imitation",
     "afd.py:train_adversarial benchmark/adversarial.py:main",
-    "python benchmark/adversarial.py runs/rkl runs/js",
+    "python benchmark/adversarial.py --seeds 3",
 )
 def adversarial_improves_on_sft(results):
     """Adversarial imitation improves on SFT."""
-    rises: dict[str, list[float]] = {}
-    errors: dict[str, list[float]] = {}
-    for run in results["adversarial"]["runs"]:
-        curve = run["curves"]["score"]
-        quarter = len(curve) // 4
-        first, last = curve[:quarter], curve[-quarter:]
-        rises.setdefault(run["summary"]["objective"], []).append(mean(last) - mean(first))
-        errors.setdefault(run["summary"]["objective"], []).append(math.hypot(error(first), error(last)))
-    text, clear = [], []
-    for name, values in rises.items():
-        of_mean = math.sqrt(sum(x**2 for x in errors[name])) / len(values)
-        clear.append(told(mean(values), of_mean))
-        text.append(f"{name} {spread([mean(values), of_mean])} ({len(values)} run{'s' * (len(values) > 1)})")
-    updates = len(results["adversarial"]["runs"][0]["curves"]["score"])
-    said = f"judge's score, last less first quarter of {updates} updates from π_SFT: " + "; ".join(text)
-    same = clear[0] if len(set(clear)) == 1 else NOT_SEEN
-    return same, said
+    said, clear = [], []
+    for name in results.recorded("adversarial", "adversarial_small"):
+        runs, text = results[name]["runs"], []
+        for objective in dict.fromkeys(run["summary"]["objective"] for run in runs):
+            mine = [run["curves"]["score"] for run in runs if run["summary"]["objective"] == objective]
+            rise, of_mean = mean([risen(curve)[0] for curve in mine]), risen_error(mine)
+            clear.append(told(rise, of_mean))
+            text.append(f"{objective} {spread([rise, of_mean])} ({len(mine)} run{'s' * (len(mine) > 1)})")
+        model = "a small model" if name.endswith("small") else "SmolLM2"
+        said.append(f"{model}, {len(mine[0])} updates: " + "; ".join(text))
+    verdict = CONTRADICTED if CONTRADICTED in clear else NOT_SEEN if NOT_SEEN in clear else IN_SHAPE
+    return verdict, "judge's score, last less first quarter of the updates from π_SFT. " + ". ".join(said)
+
+
+def risen(curve: list[float]) -> tuple[float, float]:
+    """The last quarter of a curve less the first, and its standard error from their scatter."""
+    quarter = len(curve) // 4
+    first, last = curve[:quarter], curve[-quarter:]
+    return mean(last) - mean(first), math.hypot(error(first), error(last))
+
+
+def risen_error(curves: list[list[float]]) -> float:
+    """Standard error of the mean rise: of three or more seeds from theirs, of fewer from the curves' scatter."""
+    if len(curves) > 2:
+        return error([risen(curve)[0] for curve in curves])
+    return math.sqrt(sum(risen(curve)[1] ** 2 for curve in curves)) / len(curves)
+
+
+@afd(
+    "experiments, harmless",
+    "afd.py:compare_rewards benchmark/default_runs.py:RUNS",
+    "python benchmark/default_runs.py hh-harmless",
+)
+def demonstrations_predict_preferences(results):
+    """On HH-RLHF harmless a reward learned without preferences is as good as one learned from them."""
+    if "hh-harmless" not in results["default_runs"]:
+        return (
+            NOT_TESTED,
+            "not recorded in default_runs.json: minutes on two cores, of which little is to be seen",
+        )
+    rankers = results["default_runs"]["hh-harmless"]["best_of_n"]["rankers"]
+    known = {name: curve.get("preference_accuracy") for name, curve in rankers.items()}
+    known = {name: value for name, value in known.items() if value is not None}
+    ours, theirs = (
+        next(value for name, value in known.items() if kind in name) for kind in ("init-sft", "preference")
+    )
+    text = "accuracy on held-out preferences: "
+    text += "; ".join(f"{name} {point(value)}" for name, value in known.items())
+    learnt = theirs > 0.62  # two standard errors of some seventy pairs above ½: else it has learnt nothing
+    return (IN_SHAPE if learnt and ours >= theirs - 0.1 else NOT_SEEN), text
 
 
 @afd("beyond the paper: no Best-of-N when serving", "afd.py:distil", "python benchmark/default_runs.py afd")

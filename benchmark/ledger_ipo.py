@@ -7,9 +7,13 @@ from ledger import (
     IN_SHAPE,
     NOT_SEEN,
     REPRODUCED,
+    STYLES,
     TABULAR,
-    Results,
+    at_rest,
     by_variant,
+    cycle_said,
+    cycle_studies,
+    cycle_value,
     exact,
     listed,
     mean,
@@ -210,13 +214,12 @@ def distance(shares: list[float], others: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(shares, others, strict=True)) / 2
 
 
-def styles(results: Results, variant: str, when: str) -> list[float]:
-    """Mean over seeds of a variant's style shares in the cycle study, in the order of the resting points."""
-    rows = [run["summary"] for run in results["cycle"]["runs"] if run["variant"] == variant]
-    return [
-        mean([row[f"style/{style}_{when}"] for row in rows])
-        for style in ("question", "exclamation", "statement")
-    ]
+def from_rest(runs: list[dict], points: dict, variant: str) -> tuple[float, float]:
+    """Total variation of a variant's mean style shares from its resting point, before and after."""
+    mine = [run for run in runs if run["variant"] == variant]
+    before = [mean([run["summary"][f"style/{style}_before"] for run in mine]) for style in STYLES]
+    after = [mean([cycle_value(run, f"style/{style}") for run in mine]) for style in STYLES]
+    return distance(before, points[variant]), distance(after, points[variant])
 
 
 @claim(
@@ -226,15 +229,13 @@ def styles(results: Results, variant: str, when: str) -> list[float]:
 )
 def text_nears_the_common_point(results):
     """On text, too, IPO-MD and Nash-MD with a mixture move to their common resting point."""
-    points = results["resting_points"]["points"]
-    steps = results["cycle"]["runs"][0]["summary"]["steps"]
-    text, nearer = [], []
-    for name in ("IPO-MD", "Nash-MD, mixture"):
-        before, after = (distance(styles(results, name, when), points[name]) for when in ("before", "after"))
-        nearer.append(after < before / 2)
-        text.append(f"{name} {point(before)} → {point(after)}")
-    seeds = {run["seed"] for run in results["cycle"]["runs"]}
-    said = (
-        f"cycle judge, {steps} steps, {len(seeds)} seeds: total variation of the mean style shares from it: "
-    )
-    return (IN_SHAPE if all(nearer) else NOT_SEEN), said + "; ".join(text)
+    said, nearer = [], []
+    for name, runs in cycle_studies(results).items():
+        points, text = at_rest(results, name)["points"], []
+        for variant in ("IPO-MD", "Nash-MD, mixture"):
+            before, after = from_rest(runs, points, variant)
+            nearer.append(after < before / 2)
+            text.append(f"{variant} {point(before)} → {point(after)}")
+        said.append(cycle_said(name, runs) + "; ".join(text))
+    text = "cycle judge, total variation of the mean style shares from it. " + ". ".join(said)
+    return (IN_SHAPE if all(nearer) else NOT_SEEN), text

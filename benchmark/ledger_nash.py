@@ -8,7 +8,11 @@ from ledger import (
     NOT_SEEN,
     REPRODUCED,
     TABULAR,
-    by_variant,
+    at_rest,
+    cycle_said,
+    cycle_studies,
+    cycle_value,
+    each_seed,
     exact,
     interval,
     listed,
@@ -188,18 +192,16 @@ def ema_is_another_way(results):
 def rlhf_is_exploitable_on_text(results):
     """Where preferences go in a circle, RLHF settles on one style, which another beats; Nash learning
     does not."""
-    gaps = by_variant(results["cycle"]["runs"], "exploitability_after")
-    nash = [gap for name in gaps if name.startswith("Nash-MD") for gap in gaps[name]]
-    steps = results["cycle"]["runs"][0]["summary"]["steps"]
-    text = f"cycle judge, {steps} steps, exploitability by seed: RLHF {listed(gaps['RLHF'])}; Nash-MD, self "
-    text += (
-        f"{listed(gaps['Nash-MD, self'])}; mixture {listed(gaps['Nash-MD, mixture'])}. At rest it would be "
-    )
-    at_rest = results["resting_points"]["exploitability"]
-    text += (
-        f"{point(at_rest['RLHF'])}, {point(at_rest['Nash-MD, self'])}, {point(at_rest['Nash-MD, mixture'])}"
-    )
-    return (IN_SHAPE if min(gaps["RLHF"]) > max(nash) else NOT_SEEN), text
+    said, apart = [], []
+    for name, runs in cycle_studies(results).items():
+        rest, gaps = at_rest(results, name)["exploitability"], {}
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            gaps.setdefault(run["variant"], []).append(cycle_value(run, "exploitability"))
+        shown = ("RLHF", "Nash-MD, self", "Nash-MD, mixture")
+        apart.append(min(gaps["RLHF"]) > max(gap for each in shown[1:] for gap in gaps[each]))
+        text = "; ".join(f"{each} {each_seed(gaps[each])} (at rest {point(rest[each])})" for each in shown)
+        said.append(cycle_said(name, runs) + text)
+    return (IN_SHAPE if all(apart) else NOT_SEEN), "cycle judge, exploitability. " + ". ".join(said)
 
 
 @claim(

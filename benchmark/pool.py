@@ -3,8 +3,8 @@ mixture of them nobody beats.
 
     python benchmark/pool.py        # trains SELM, IPO-MD, Nash-MD, online DPO and RLHF, then evaluates them
 
-The task, the starting model and the flags are those of `benchmark/compare.py cycle`, with fewer and smaller
-steps. RLHF learns from the scalar in results/cycle_reward.json, which that study fitted to the judge. Runs go
+The task is that of `benchmark/compare.py cycle`, with SmolLM2 taught human replies as the start, and fewer
+steps. RLHF learns from the scalar in results/cycle_reward.json, fitted to the judge on that start. Runs go
 to --run-dir, --jobs at a time with one thread each, and are reused if finished there and resumed if begun;
 benchmark/results/pool.json keeps each run's command, commit, seed and versions and the whole comparison,
 pool.md the tables.
@@ -22,9 +22,16 @@ from pathlib import Path
 
 import record
 import tyro
-from compare import CYCLE, PREPARE
 
-BATCH_SIZE = 8  # prompts (SELM: pairs) in a step; the study takes 12
+BATCH_SIZE = 8  # prompts (SELM: pairs) in a step
+CYCLE = (
+    "--model {run_dir}/cycle-sft/model --judge cycle --eval-judge None --eval-prompts 64 --tau 0.1"
+    " --learning-rate 6e-5 --epochs 8 --micro-batch-tokens 768"
+)
+PREPARE = (
+    "afd.py --objective forward-kl --min-demonstration-score None --num-prompts 640 --epochs 1"
+    " --micro-batch-tokens 768 --eval-prompts 64 --save-every 0 --run-dir {run_dir} --run-name cycle-sft"
+)
 TITLES = {"pool": "Five policies", "pool-and-start": "With the starting model"}
 START = "cycle-sft"  # the name of the run that makes the starting model
 SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:reward")
@@ -51,9 +58,8 @@ def main(
     """
     folder = Path(run_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    made, command = PREPARE["cycle"][0]
-    if not Path(made.format(run_dir=folder)).exists():
-        start(command.format(run_dir=folder), folder / f"{START}.log")
+    if not (folder / START / "model").exists():
+        start(PREPARE.format(run_dir=folder), folder / f"{START}.log")
 
     def train(name: str) -> None:
         if (folder / name / "summary.json").exists():

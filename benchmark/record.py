@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from cleanalign.reporting import environment  # noqa: E402
 
 WHERE_TO = ("--out", "--run-dir", "--copy")  # flags that say where results go: they change no figure
-ABSOLUTE = re.compile(r"(?<![\w./:~-])/[\w.+~-]+(?:/[\w.+~-]+)*")
+ABSOLUTE = re.compile(r"(?<![\w./~-])/[\w.+~-]+(?:/[\w.+~-]+)*")
 
 
 def origin() -> dict:

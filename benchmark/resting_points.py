@@ -5,8 +5,8 @@
 The game: a question beats an exclamation, an exclamation a statement, a statement a question, always; the
 reference is the study's starting model, of which only the styles' shares count. A policy over three styles has
 no other limits, so a run of a language model need not end here; but where it is after few steps and where its
-loss would send it are different things. Writes benchmark/results/resting_points.json; `benchmark/compare.py
-cycle` draws the points as lines.
+loss would send it are different things. Writes benchmark/results/resting_points.json, of the study and of its
+forerunner with SmolLM2; `benchmark/compare.py cycle` draws the points as lines.
 """
 
 from __future__ import annotations
@@ -28,36 +28,39 @@ from judges import STYLES
 GAME = theory.rock_paper_scissors()  # p(row's style ≻ column's), in the order of STYLES
 BETA = 0.125  # of IPO-MD and Nash-MD's mixture, over whole replies
 STEP, STEPS = 0.05, 40_000
+STUDIES = {"cycle": "cycle_small_reward", "cycle_smollm2": "cycle_reward"}  # and the scalar RLHF was given
 
 
 def main(tau: float = 0.1) -> None:
-    """Print and record the table.
+    """Print and record the tables.
 
     Args:
-        tau: strength of the tie to the reference, the study's.
+        tau: strength of the tie to the reference, the studies'.
     """
-    reference = reference_shares()
-    points = resting_points(reference, tau)
-    print(table(points))
-    rounded = {name: [round(share, 6) for share in shares] for name, shares in points.items()}
-    result = {"tau": tau, "beta": BETA, "reference": reference, "points": rounded}
-    result["exploitability"] = {
-        name: round(mixture_exploitability(GAME.tolist(), shares), 6) for name, shares in points.items()
-    }
+    result = {"tau": tau, "beta": BETA}
+    for study, reward in STUDIES.items():
+        reference = reference_shares(study)
+        points = resting_points(reference, fitted_rewards(reward), tau)
+        print(f"{study}, from {[round(share, 3) for share in reference]}\n{table(points)}\n")
+        exploitability = {
+            name: mixture_exploitability(GAME.tolist(), shares) for name, shares in points.items()
+        }
+        result[study] = {"reference": reference, "points": points, "exploitability": exploitability}
     record.write(record.RESULTS / "resting_points.json", {**record.origin(), **result})
 
 
-def reference_shares() -> list[float]:
-    """Shares of the starting model's styles on the study's 64 held-out prompts, as it recorded them."""
-    summary = json.loads((record.RESULTS / "cycle.json").read_text())["runs"][0]["summary"]
-    return [summary[f"style/{style}_before"] for style in STYLES]
+def reference_shares(study: str) -> list[float]:
+    """Shares of the starting model's styles on the study's held-out prompts: the mean over its runs, whose
+    samples of that model differ."""
+    runs = json.loads((record.RESULTS / f"{study}.json").read_text())["runs"]
+    shares = [[run["summary"][f"style/{style}_before"] for style in STYLES] for run in runs]
+    return [sum(values) / len(values) for values in zip(*shares, strict=True)]
 
 
-def resting_points(reference: list[float], tau: float) -> dict[str, list[float]]:
+def resting_points(reference: list[float], rewards: list[float], tau: float) -> dict[str, list[float]]:
     """Shares of the three styles at which each algorithm rests."""
     mu = torch.tensor(reference, dtype=torch.float64)
-    mu = mu / mu.sum()
-    rewards = torch.tensor(fitted_rewards(), dtype=torch.float64)
+    mu, rewards = mu / mu.sum(), torch.tensor(rewards, dtype=torch.float64)
     points = {
         "Nash-MD, self": theory.regularised_nash(GAME, mu, tau),
         "Nash-MD, mixture": theory.ipo_md_fixed_point(GAME, mu, tau, BETA),
@@ -80,9 +83,9 @@ def dpo_rest(reference: torch.Tensor, tau: float) -> torch.Tensor:
     return theory.normalise(logits)
 
 
-def fitted_rewards() -> list[float]:
+def fitted_rewards(name: str) -> list[float]:
     """The scalar that RLHF is given, a style's (benchmark/cycle_reward.py)."""
-    fitted = json.loads((record.RESULTS / "cycle_reward.json").read_text())["reward"]
+    fitted = json.loads((record.RESULTS / f"{name}.json").read_text())["reward"]
     return [fitted[style] for style in STYLES]
 
 

@@ -256,6 +256,14 @@ class Run(Phases):
             self._open_logs()
             return None
         state, rows = kept
+        began = json.loads((self.folder / "args.json").read_text()).get("device_name")
+        here = environment()["device_name"]
+        if began not in (None, here):
+            print(
+                f"the run began on {began} and goes on on {here}: its last digits may differ from those of a "
+                "run without a stop",
+                flush=True,
+            )
         self.metrics = [json.loads(line) for line in rows.splitlines()]
         if self.writes:
             write_text(log, rows)

@@ -103,7 +103,9 @@ def changed(results: ledger.Results, name: str, change) -> ledger.Results:
     return ledger.Results(results.folder)
 
 
-@pytest.mark.parametrize("name", ["selm", "ipo", "cycle", "pool", "constructions", "scale", "adversarial"])
+@pytest.mark.parametrize(
+    "name", ["selm", "ipo", "cycle_smollm2", "pool", "constructions", "scale", "adversarial"]
+)
 def test_a_changed_result_is_seen(name, results):
     """Every number of a file half as large: the page no longer follows from it."""
 
@@ -149,21 +151,25 @@ def test_a_verdict_follows_its_condition(results):
         def change(content):
             for run in content["runs"]:
                 mine = run["variant"] == "RLHF"
-                run["summary"]["exploitability_after"] = value if mine else 0.2
+                run["summary"]["exploitability_after"] = run["late_exploitability"] = value if mine else 0.2
 
         return change
 
-    assert verdict("rlhf_is_exploitable_on_text", "cycle", rlhf(0.4)) == ledger.IN_SHAPE
-    assert verdict("rlhf_is_exploitable_on_text", "cycle", rlhf(0.1)) == ledger.NOT_SEEN
+    for study in results.recorded(*ledger.CYCLES):
+        changed(results, study, rlhf(0.4))
+    assert rows["rlhf_is_exploitable_on_text"].outcome(results)[0] == ledger.IN_SHAPE
+    assert verdict("rlhf_is_exploitable_on_text", "cycle_smollm2", rlhf(0.1)) == ledger.NOT_SEEN
 
     def curves(rise):
         def change(content):
-            for run in content["runs"]:
+            for n, run in enumerate(content["runs"]):
                 count = len(run["curves"]["score"])
-                run["curves"]["score"] = [rise * i / count + 0.001 * (i % 2) for i in range(count)]
+                run["curves"]["score"] = [rise * i / count + 0.001 * ((i + n) % 2) for i in range(count)]
 
         return change
 
+    if "adversarial_small" in results.recorded("adversarial_small"):
+        changed(results, "adversarial_small", curves(1))
     assert verdict("adversarial_improves_on_sft", "adversarial", curves(1)) == ledger.IN_SHAPE
     assert verdict("adversarial_improves_on_sft", "adversarial", curves(0)) == ledger.NOT_SEEN
     assert verdict("adversarial_improves_on_sft", "adversarial", curves(-1)) == ledger.CONTRADICTED

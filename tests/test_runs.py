@@ -17,6 +17,7 @@ import selm
 from cleanalign.data import load_rows
 from cleanalign.models import load_tokenizer
 from cleanalign.optimization import MasterAdamW
+from cleanalign.run import Run
 from cleanalign.statistics import win_rate_interval
 from judges import load_judge
 
@@ -165,6 +166,24 @@ def test_resume_refuses_other_arguments(flags, tmp_path, capsys):
     with pytest.raises(SystemExit):
         start(f"--resume={tmp_path}/x")
     assert "this run is finished" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(flags, tmp_path, capsys, monkeypatch):
+    """Two threads add a sum in another order than one, so the last digits may differ."""
+    short = ["--max-steps=3", "--save-every=1", "--num-prompts=30"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patched.setattr(Run, "finish", interrupt)
+        start(*flags, *short, "--run-name=x")
+    torch.set_num_threads(2)
+    try:
+        start(f"--resume={tmp_path}/x")
+    finally:
+        torch.set_num_threads(1)
+    assert "began on cpu, 1 threads and goes on on cpu, 2 threads" in capsys.readouterr().out
 
 
 def test_offline_responses_middle_rank_and_warmup(world, flags, tmp_path):
