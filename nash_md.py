@@ -143,7 +143,7 @@ class Args(RunArgs):
         return Holds(average=average, completions=K, sampled=sampled)
 
     def for_all_weights(self) -> Args:
-        """A recipe of an adapter with --lora-rank 0: a hundredth of its learning rate (docs/selm.md)."""
+        """A recipe of an adapter with --lora-rank 0: a thirtieth of its learning rate (docs/selm.md)."""
         return replace(self, lora_rank=0, learning_rate=1e-6)
 
 
@@ -177,7 +177,7 @@ RECIPES = {
         lora_rank=32,
         max_new_tokens=1024,
         max_steps=2000,
-        learning_rate=1e-4,  # the adapter's
+        learning_rate=3e-5,  # the adapter's
         micro_batch_tokens=8192,
         gradient_checkpointing=True,
     ),

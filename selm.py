@@ -11,8 +11,8 @@ Departures from the paper:
  3. Where y_s is a member of its pair, its log-probs are reused: no forward pass of its own.
  4. With prompts only (no data set responses) the K samples are the candidates, and y_s is one of them,
     uniformly and whatever its rank; for K = 2 it is both, averaged.
- 5. On one GPU the 7-8B recipes train a LoRA adapter, at 100 times the paper's learning rates: at one rate its
-    first Adam step lowers the loss about 100 times less (docs/selm.md). --lora-rank 0 gives the paper's
+ 5. On one GPU the 7-8B recipes train a LoRA adapter, at 30 times the paper's learning rates: at one rate it
+    hardly moves (docs/selm.md). --lora-rank 0 gives the paper's
     training of all weights, at the paper's rates.
  6. Sampled replies (--temperature above 0) get log-probs of logits divided by the temperature; the paper's
     greedy ones and the data set's responses get them at 1.
@@ -172,18 +172,18 @@ PAPER = Args(  # what the three recipes of the paper's code share
 )
 RECIPES = {
     "smollm2-135m": Args(),
-    "llama3-8b": replace(PAPER, model="llama3-8b", alpha=1e-4, learning_rate=(5e-5, 3e-5, 1e-5)),
+    "llama3-8b": replace(PAPER, model="llama3-8b", alpha=1e-4, learning_rate=(1.5e-5, 9e-6, 3e-6)),
     "zephyr-7b": replace(
         PAPER,
         model="zephyr-7b",
         alpha=1e-3,
-        learning_rate=(5e-5, 5e-5, 1e-5),
+        learning_rate=(1.5e-5, 1.5e-5, 3e-6),
         batch_size=256,
         offline_warmup=True,
     ),
-    "phi3-mini": replace(PAPER, model="phi3-mini", alpha=1e-3, learning_rate=(5e-5, 3e-5, 1e-5)),
+    "phi3-mini": replace(PAPER, model="phi3-mini", alpha=1e-3, learning_rate=(1.5e-5, 9e-6, 3e-6)),
 }
-PAPER_RATES = {  # of all weights, an iteration each; an adapter's above are 100 times these: docs/selm.md
+PAPER_RATES = {  # of all weights, an iteration each; an adapter's above are 30 times these: docs/selm.md
     "llama3-8b": (5e-7, 3e-7, 1e-7),
     "zephyr-7b": (5e-7, 5e-7, 1e-7),
     "phi3-mini": (5e-7, 3e-7, 1e-7),

@@ -231,6 +231,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
         columns,
         figsize=(7 if columns == 1 else 11, 4 * -(-len(metrics) // columns)),
         squeeze=False,
+        layout="constrained",
     )
     for axis, metric in zip(axes.flat, metrics, strict=True):
         for i, name in enumerate(variants):
@@ -246,8 +247,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
         axis.set_xlabel("optimiser step")
         axis.set_title({"score": "judge's score of the sampled replies"}.get(metric, metric), fontsize=10)
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=9)
-    figure.tight_layout()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -80,7 +80,7 @@ def test_help_shows_what_inherited_flags_mean(name, capsys):
 
 def test_flags_given_by_hand_win_over_the_recipe():
     args = command_line.parse(selm.RECIPES, ["--model", "llama3-8b", "--beta", "0.5"])
-    assert (args.beta, args.alpha, args.learning_rate) == (0.5, 1e-4, (5e-5, 3e-5, 1e-5))
+    assert (args.beta, args.alpha, args.learning_rate) == (0.5, 1e-4, (1.5e-5, 9e-6, 3e-6))
     assert command_line.parse(selm.RECIPES, ["--model=meta-llama/Meta-Llama-3-8B-Instruct"]).alpha == 1e-4
 
 
