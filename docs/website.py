@@ -198,7 +198,9 @@ def quoted(source: str) -> str:
 
 def api() -> str:
     """The page of docstrings."""
-    parts = ["# API\n\nFrom the docstrings. How the rooms build on each other: [Contributing](contributing.md#the-rooms)."]
+    parts = [
+        "# API\n\nFrom the docstrings. How the rooms build on each other: [Contributing](contributing.md#the-rooms)."
+    ]
     for heading, about, objects in API:
         parts += [f"## {heading}", about, *(f"::: {name}" for name in objects)]
     return "\n\n".join(part for part in parts if part) + "\n"
