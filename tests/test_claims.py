@@ -168,11 +168,9 @@ def test_a_verdict_follows_its_condition(results):
 
         return change
 
-    if "adversarial_small" in results.recorded("adversarial_small"):
-        changed(results, "adversarial_small", curves(1))
-    assert verdict("adversarial_improves_on_sft", "adversarial", curves(1)) == ledger.IN_SHAPE
-    assert verdict("adversarial_improves_on_sft", "adversarial", curves(0)) == ledger.NOT_SEEN
-    assert verdict("adversarial_improves_on_sft", "adversarial", curves(-1)) == ledger.CONTRADICTED
+    assert verdict("adversarial_improves_on_sft", "adversarial_small", curves(1)) == ledger.IN_SHAPE
+    assert verdict("adversarial_improves_on_sft", "adversarial_small", curves(0)) == ledger.NOT_SEEN
+    assert verdict("adversarial_improves_on_sft", "adversarial_small", curves(-1)) == ledger.CONTRADICTED
 
     def distilled(score):
         told = {"samples_per_prompt": 6, "best_of_6_score": 0.6}
