@@ -1,7 +1,7 @@
 """What a LoRA adapter costs while replies are drawn, and what merging it would lose.
 
-    python benchmark/lora_decoding.py cost        # a CPU, about two minutes: a step with and without it
-    python benchmark/lora_decoding.py rounding    # about three minutes: the log-probs of merged bfloat16 weights
+    python benchmark/lora_decoding.py cost        # a CPU, about four minutes: a step with and without it
+    python benchmark/lora_decoding.py rounding    # about ten minutes: the log-probs of merged bfloat16 weights
 
 Each writes its part of results/lora_decoding.json. `cost`: SmolLM2-135M's shapes with random weights; models
 take turns, the least time counts. At rank 4 the adapter's share of the matrices' numbers is that of rank 32 in Llama-3-8B, 1.2 %.
@@ -100,7 +100,7 @@ def rounding(device: str) -> dict:
     optimiser = make_optimiser(exp.policy, "float32", 0.0)
     batch = common.collate(prompts, completions, exp.device)
     result, step = {"learning_rate": rate, "steps": {}}, 0
-    for steps in (1, 4, 16):
+    for steps in (1, 4, 16, 64):
         while step < steps:
             step += 1
             selm.train_step(exp, optimiser, pairs, step, rate)

@@ -243,7 +243,8 @@ def load_model(
 
 def straight_to(device: torch.device) -> dict:
     """What tells transformers to read weights tensor by tensor from the file to a GPU. It needs accelerate
-    for that, which peft brings along; without it they all pass through host memory first."""
+    for that, which is installed with this package; where it is missing they all stand in host memory first,
+    once, and go to the GPU from there."""
     if device.type != "cuda" or importlib.util.find_spec("accelerate") is None:
         return {}
     return {"device_map": {"": device}}

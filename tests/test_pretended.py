@@ -291,4 +291,10 @@ def test_weights_go_straight_to_the_gpu(world, monkeypatch):
                 torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0)
         assert not reference.is_gradient_checkpointing and policy.is_gradient_checkpointing
         assert not any(weight.requires_grad for weight in reference.parameters())
-    assert calls == [None, {"": GPU}]
+        # accelerate, which reads so, is missing: by way of the host
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        by_host = load_model(f"{world}/model", torch.float32, GPU)
+        for ours, theirs in zip(by_host.parameters(), plain.parameters(), strict=True):
+            assert ours.device.type == "cuda"
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0)
+    assert calls == [None, {"": GPU}, None]
