@@ -4,7 +4,8 @@
     python benchmark/lora_decoding.py rounding    # about ten minutes: the log-probs of merged bfloat16 weights
 
 Each writes its part of results/lora_decoding.json. `cost`: SmolLM2-135M's shapes with random weights; models
-take turns, the least time counts. At rank 4 the adapter's share of the matrices' numbers is that of rank 32 in Llama-3-8B, 1.2 %.
+take turns, the least time counts. At rank 4 the adapter's share of the matrices' numbers is that of rank 32 in
+Llama-3-8B, 1.2 %.
 
 `rounding`: SmolLM2-135M, rank 32, selm.py's steps at the 8B recipe's rate on 8 pairs. A number of the adapter's
 product is lost where it is below half of bfloat16's spacing at the weight it is added to. Compared are log-probs
