@@ -30,6 +30,7 @@ from cleanalign.decoding import Decoder, Decoders, DraftingDecoder, left_pad, re
 from cleanalign.errors import UserError
 from cleanalign.models import (
     adapter_switch,
+    attention_mask,
     backbone,
     checkpointing,
     choose_attention,
@@ -341,12 +342,10 @@ def completion_hidden(model, batch: Batch) -> torch.Tensor:
     """Last hidden states (G, K, T, D): at t, of the position that predicts token t, which has seen the prompt
     and the tokens before t."""
     transformer = backbone(model)
-    additive = torch.zeros(batch.allowed.shape, dtype=transformer.dtype, device=batch.input_ids.device)
-    additive.masked_fill_(~batch.allowed, -1e30)  # not −inf: a padding position may see nothing at all
     with adapter_switch(model), checkpointing(model):
         out = transformer(
             input_ids=batch.input_ids,
-            attention_mask=additive[:, None],
+            attention_mask=attention_mask(transformer, batch.allowed),
             position_ids=batch.position_ids,
             use_cache=False,
         )

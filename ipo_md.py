@@ -132,7 +132,7 @@ class Args(RunArgs):
     def holds(self) -> Holds:
         """Beside the policy: the reference. A row of training holds a prompt's two replies."""
         pairs = 2 * self.batch_size
-        return Holds(completions=2, sampled=(pairs, pairs if 0 < self.beta < 1 else 0))
+        return Holds(completions=2, replies=2, sampled=(pairs, pairs if 0 < self.beta < 1 else 0))
 
     def for_all_weights(self) -> Args:
         """A recipe of an adapter with --lora-rank 0: a thirtieth of its learning rate (docs/selm.md)."""

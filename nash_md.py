@@ -140,7 +140,7 @@ class Args(RunArgs):
         average = self.opponent == "ema" and self.objective == "nash"  # RLHF has no opponent
         K, mixture = self.samples_per_prompt, self.opponent == "mixture" and self.objective == "nash"
         sampled = (self.batch_size * (K + 1), self.batch_size * mixture)
-        return Holds(average=average, completions=K, sampled=sampled)
+        return Holds(average=average, completions=K, replies=K, sampled=sampled)
 
     def for_all_weights(self) -> Args:
         """A recipe of an adapter with --lora-rank 0: a thirtieth of its learning rate (docs/selm.md)."""

@@ -142,7 +142,8 @@ class Args(RunArgs):
         """Beside the policy nothing: π_ref = π_t gives its log-probs before it trains. XPO's reference stays
         fixed. A row of training holds chosen, rejected and perhaps y_s."""
         xpo = self.exploration == "xpo"
-        return Holds(reference=xpo, completions=3, sampled=(self.batch_size, 0) if xpo else None)
+        sampled, replies = ((self.batch_size, 0), 1) if xpo else (None, self.samples_per_prompt)
+        return Holds(reference=xpo, completions=3, replies=replies, sampled=sampled)
 
     def for_all_weights(self) -> Args:
         """A recipe of the paper with --lora-rank 0: the paper's learning rates."""

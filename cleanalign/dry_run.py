@@ -26,6 +26,7 @@ class Holds:
     reference: bool = True  # a second model, while it trains (with LoRA it is the policy's own weights)
     average: bool = False  # a moving average of the trained weights
     completions: int = 1  # of a prompt, side by side in a row of training
+    replies: int = 1  # to a prompt that are decoded together, at least: it is read once for them
     models: int = 1  # that it writes to its run folder
     # replies decoded together in a step: by the policy, and by the reference for a mixture; None: as many as
     # there is room for, by the policy
@@ -131,15 +132,16 @@ def sizes_of(model: str) -> str | None:
 
 CACHES = "key-value caches of a step's replies"
 READING = "prompts read, or next tokens drawn (about)"
+EVALUATION_READING = "the same in the evaluation (about)"
 EXCHANGE = "gradients on their way to their owners"
 ACTIVATIONS = "activations of one micro-batch (about)"
 EVALUATED = "key-value caches of the evaluation's replies"
-ESTIMATES = (READING, ACTIVATIONS)
+ESTIMATES = (READING, EVALUATION_READING, ACTIVATIONS)
 # what is there in one phase only; the rest is held all the time, but in the evaluation there is no optimiser
 TRANSIENT = {
     "sampling": (CACHES, READING),
     "training": (EXCHANGE, ACTIVATIONS),
-    "evaluation": (EVALUATED, READING),
+    "evaluation": (EVALUATED, EVALUATION_READING),
 }
 
 
@@ -178,8 +180,7 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     share = min(1.0, rows / replies)  # of them that are decoded at once
     replies, mixed, evaluated = int(replies * share), int(mixed * share), min(rows, args.eval_prompts)
     cache = models.key_value_numbers(config) * longest * item
-    prompts = min(models.PREFILL_TOKENS, max(replies, evaluated) * args.max_prompt_length)
-    drawn = 24 * config.vocab_size * max(replies, evaluated)
+    caches = (replies + mixed) * cache, evaluated * cache
     needs = {
         "policy's weights": weights * item,
         "LoRA adapter": adapter * item,
@@ -189,9 +190,10 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         "moving average": average,
         # of the greatest trained weight: the gradient, and those that travel to and fro
         EXCHANGE: 3 * greatest_trained(args, model) * item * (own < trained),
-        CACHES: (replies + mixed) * cache,
-        EVALUATED: evaluated * cache,
-        READING: max(prompts * models.prefill_bytes(config, item), drawn),
+        CACHES: caches[0],
+        EVALUATED: caches[1],
+        READING: reading_bytes(args, config, item, (replies // holds.replies, replies), caches[0]),
+        EVALUATION_READING: reading_bytes(args, config, item, (evaluated, evaluated), caches[1]),
         ACTIVATIONS: training_bytes(args, config, item, device),
     }
     return {what: n for what, n in needs.items() if n}
@@ -205,6 +207,20 @@ def rows_chosen(configs: list, item: int, longest: int, held: tuple[int, int], d
         return 64
     room = models.SAMPLING_SHARE * (free - held[0]) - held[1]
     return models.rows_that_fit(configs, item, longest, room)
+
+
+def reading_bytes(args, config, item: int, rows: tuple[int, int], caches: int) -> int:
+    """About how many bytes reading prompts and drawing a token of each row takes beside the rows' `caches`;
+    `rows` are numbers of prompts and of rows.
+
+    Caches are made when the first part of the prompts has been read, whose own cache is then copied. Where
+    one part is all, they never stand beside the widest place of a layer.
+    """
+    drawn, read = 24 * config.vocab_size * rows[1], rows[0] * args.max_prompt_length
+    widest = min(models.PREFILL_TOKENS, read) * models.prefill_bytes(config, item)
+    if read > models.PREFILL_TOKENS:
+        return max(widest, drawn)
+    return max(read * models.key_value_numbers(config) * item, widest - caches, drawn)
 
 
 def greatest_trained(args, model) -> int:
@@ -229,8 +245,8 @@ def training_bytes(args, config, item: int, device: torch.device) -> int:
     replies = args.holds().completions * args.max_new_tokens
     longest = args.max_prompt_length + replies
     tokens = max(args.micro_batch_tokens, longest)
-    eager = models.choose_attention(args.attention, device, longest) == "eager"
-    whole = tokens * activation_bytes(config, item, False, longest if eager else 0)
+    attention = models.choose_attention(args.attention, device, longest)
+    whole = tokens * activation_bytes(config, item, False, attention, longest)
     V, D = config.vocab_size, config.hidden_size
     scored, rows = tokens * replies // longest, models.chunk_rows(V, device)
     gradient = item if scored <= rows else 4 + 2 * item  # several chunks are summed in float32
@@ -241,18 +257,22 @@ def training_bytes(args, config, item: int, device: torch.device) -> int:
     return whole + scoring
 
 
-def activation_bytes(config, item: int, checkpointing: bool, row: int = 0) -> int:
-    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model. Eager
-    attention leaves its maps too, over `row` tokens: 0 for another, which leaves none.
+def activation_bytes(config, item: int, checkpointing: bool, attention: str = "sdpa", row: int = 0) -> int:
+    """About how many bytes of activations a token leaves for the backward pass in a Llama-like model.
 
     A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy,
-    normalised, scaled), the queries, keys and values as attention takes them (heads repeated), attention's
-    output twice, and four numbers for each unit of the inner layer. With checkpointing a layer keeps its
-    input only, and one layer at a time all of it.
+    normalised, scaled), the queries, keys and values as attention takes them (heads repeated, but by flex),
+    attention's output twice, and four numbers for each unit of the inner layer. Eager attention keeps its
+    output once more and its maps over `row` tokens, in float32 and, where that is another precision, as they
+    multiply the values. With checkpointing a layer keeps its input only, and one layer at a time all of it.
     """
-    D, layers = config.hidden_size, config.num_hidden_layers
+    D, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)
-    one += (4 + 2 * item) * config.num_attention_heads * row
+    if attention == "flex":
+        own = getattr(config, "num_key_value_heads", None) or heads
+        one -= 2 * item * D * (heads - own) // heads
+    if attention == "eager":
+        one += item * D + (4 + item * (item < 4)) * heads * row
     return layers * item * D + one if checkpointing else layers * one
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from cleanalign import distributed, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
@@ -80,14 +81,41 @@ def upload(x: torch.Tensor, device) -> torch.Tensor:
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
     """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows,
-    where it is faster, else sdpa.
+    where it is faster, else sdpa; `flex` leaves out what siblings do not see of each other.
 
     Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not
-        see each other, are none.
+        see each other, are none. Raises `UserError` for flex without CUDA: torch trains with it there alone.
     """
+    require(
+        attention != "flex" or device.type == "cuda",
+        f"--attention flex needs a CUDA device, this is {device.type}. Leave it at auto.",
+    )
     if attention != "auto":
         return attention
     return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
+
+
+def _flex(module, query, key, value, attention_mask, **kwargs):
+    """FlexAttention under a mask of blocks, which rows with siblings have (`attention_mask`); sdpa under any
+    other, as when prompts are read."""
+    way = "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
+    return transformers.AttentionInterface()[way](module, query, key, value, attention_mask, **kwargs)
+
+
+transformers.AttentionInterface.register("flex", _flex)
+transformers.AttentionMaskInterface.register("flex", transformers.AttentionMaskInterface()["sdpa"])
+
+
+def attention_mask(transformer, allowed: torch.Tensor) -> torch.Tensor | BlockMask:
+    """What `transformer` takes for `allowed`, (G, L, L) bool, which positions a position attends to: numbers
+    added to its scores, (G, 1, L, L); or for flex the blocks of 128 × 128 positions that are not empty, and
+    which of them are full."""
+    if transformer.config._attn_implementation == "flex":
+        G, L, _ = allowed.shape
+        return create_block_mask(lambda g, head, q, k: allowed[g, q, k], G, None, L, L, allowed.device)
+    additive = torch.zeros(allowed.shape, dtype=transformer.dtype, device=allowed.device)
+    additive.masked_fill_(~allowed, -1e30)  # not −inf: a padding position may see nothing at all
+    return additive[:, None]
 
 
 # --- loading ---
@@ -215,7 +243,8 @@ def load_model(
 
 def straight_to(device: torch.device) -> dict:
     """What tells transformers to read weights tensor by tensor from the file to a GPU. It needs accelerate
-    for that, which peft brings along; without it they all pass through host memory first."""
+    for that, which is installed with this package; where it is missing they all stand in host memory first,
+    once, and go to the GPU from there."""
     if device.type != "cuda" or importlib.util.find_spec("accelerate") is None:
         return {}
     return {"device_map": {"": device}}

@@ -11,6 +11,7 @@ import torch
 from cleanalign import distributed
 
 STATES = ("float32", "bfloat16")  # values of --optimizer-states
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 
 
 def make_optimiser(model, states: str, weight_decay: float) -> MasterAdamW | SplitAdamW:
@@ -174,6 +175,11 @@ class MasterAdamW(_AdamW):
         self.inner = torch.optim.AdamW(
             self.masters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
+        # AdamW would make its moments in the first step: made here, a first step holds what every step holds
+        for master in self.masters:
+            moments = {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
+            steps = torch.zeros((), device=master.device if fused else "cpu")
+            self.inner.state[master] = {"step": steps, **moments}
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
@@ -204,7 +210,7 @@ class MasterAdamW(_AdamW):
         self.write(self.masters)
         inner = shards[0]["inner"]
         moments = {i: {"step": kept["step"]} for i, kept in inner["state"].items()}
-        for name in ("exp_avg", "exp_avg_sq") if moments else ():
+        for name in MOMENTS if moments else ():
             own = [torch.zeros_like(master) for master in self.masters]
             kept = [
                 {"offsets": s["offsets"], name: [m[name] for m in in_order(s["inner"]["state"])]}

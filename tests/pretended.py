@@ -53,6 +53,8 @@ class Refused(RuntimeError):
 
 def marks(x: torch.Tensor) -> dict:
     """The marks of a tensor's storage: "gpu", "pinned"."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # within a vmap
+        x = torch._C._functorch.get_unwrapped(x)
     storage = x.untyped_storage()
     if not hasattr(storage, "marks"):
         storage.marks = {}

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 
+import blocks
 import pytest
 import tiny
 import torch
@@ -160,9 +161,11 @@ def test_foreseen_is_what_is_held(lora_rank, states, exploration, monkeypatch):
     assert sum(n for what, n in needs.items() if what.startswith("optimiser")) == expected * trained
 
 
-def test_activations_are_about_as_foreseen():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex"])
+def test_activations_are_about_as_foreseen(monkeypatch, attention, dtype):
     """Bytes that autograd keeps for a Llama of ordinary proportions, against the estimate."""
-
+    monkeypatch.setattr(blocks.KERNEL, blocks.attention)
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=128,
@@ -170,11 +173,11 @@ def test_activations_are_about_as_foreseen():
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=2,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     batch = common.collate([[5] * 16], [[[6] * 17, [7] * 17]], "cpu")
-    tokens = batch.input_ids.numel()
-    model = make_trainable(transformers.LlamaForCausalLM(config).bfloat16(), 0, 0, False)
+    row = tokens = batch.input_ids.numel()
+    model = make_trainable(transformers.LlamaForCausalLM(config).to(dtype), 0, 0, False)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = {}
 
@@ -186,7 +189,7 @@ def test_activations_are_about_as_foreseen():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         common.completion_logprobs(model, batch)
     assert sum(n for _, n in held.values()) / tokens == pytest.approx(
-        dry_run.activation_bytes(config, 2, False), rel=0.2
+        dry_run.activation_bytes(config, dtype.itemsize, False, attention, row), rel=0.1
     )
 
 

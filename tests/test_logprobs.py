@@ -3,12 +3,14 @@
 import copy
 import math
 
+import blocks
 import pytest
 import tiny
 import torch
 
 import common
-from cleanalign.models import checkpointing, make_trainable
+from cleanalign.errors import UserError
+from cleanalign.models import attention_mask, backbone, checkpointing, choose_attention, make_trainable
 
 V, END = 24, 3
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
@@ -53,6 +55,58 @@ def test_against_plain_float64(model, attention, temperature):
             assert batch.mask[g, k].tolist() == [1.0] * n + [0.0] * (T - n)
     p = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature, -1)
     assert entropy[0, 0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+def long_rows():
+    """Prompts and replies over several blocks of 128 positions, ragged, one reply missing."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = lambda n: torch.randint(4, V, (n,), generator=draw).tolist()  # noqa: E731
+    replies = [[tokens(n) for n in row] for row in ((150, 20, 131), (1, 7), (60, 160, 90))]
+    return [tokens(n) for n in (140, 5, 130)], replies
+
+
+@pytest.mark.parametrize("kernel", ["by blocks", "torch's"])
+def test_flex_is_sdpa(monkeypatch, kernel):
+    """Log-probs and gradients by FlexAttention are those under the dense mask, to rounding: with the blocks that
+    are listed, and by torch's own operator as it is without a compiler."""
+    if kernel == "by blocks":
+        monkeypatch.setattr(blocks.KERNEL, blocks.attention)
+    else:  # which refuses a gradient on a CPU, as its compiled kernel has none
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+        plain = torch.nn.attention.flex_attention.flex_attention
+        monkeypatch.setattr(blocks.KERNEL, lambda *a, training, **named: plain(*a, **named))
+    model = tiny.model(V, seed=1).double()
+    batch, results = common.collate(*long_rows(), "cpu"), {}
+    for attention in ("sdpa", "flex"):
+        policy = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=True)
+        policy.set_attn_implementation(attention)
+        logprobs = common.completion_logprobs(policy, batch, 0.7)
+        (logprobs * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
+        results[attention] = [logprobs, *(weight.grad for weight in policy.parameters())]
+    for ours, theirs in zip(results["flex"], results["sdpa"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_flex_visits_the_blocks_that_are_needed():
+    """Every position that is allowed and no other; of 512 prompt and 2 × 1,024 reply tokens 146 of 400 blocks."""
+    policy = tiny.model(V)
+    policy.set_attn_implementation("flex")
+    batch = common.collate(*long_rows(), "cpu")
+    assert torch.equal(blocks.visible(attention_mask(backbone(policy), batch.allowed))[:, 0], batch.allowed)
+    batch = common.collate([[5] * 512], [[[6] * 1025, [7] * 1025]], "cpu")
+    mask = attention_mask(backbone(policy), batch.allowed)
+    assert (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() == 146 and mask.kv_indices.numel() == 400
+
+
+def test_flex_samples_by_sdpa_and_needs_cuda(model):
+    """Prompts are read under no mask of blocks; torch trains by FlexAttention on CUDA alone."""
+    expected = common.sample(model, PROMPTS, [END], max_new_tokens=6, seed=1)
+    flex = copy.deepcopy(model)
+    flex.set_attn_implementation("flex")
+    assert common.sample(flex, PROMPTS, [END], max_new_tokens=6, seed=1) == expected
+    assert choose_attention("flex", torch.device("cuda"), 4096) == "flex"
+    with pytest.raises(UserError, match="--attention flex needs a CUDA device"):
+        choose_attention("flex", torch.device("cpu"), 4096)
 
 
 def test_temperature_per_completion(model):
