@@ -1,24 +1,25 @@
-"""Adversarial imitation over its updates: afd.py --objective reverse-kl and js from one SFT model, several seeds,
-curves in one plot.
+"""Adversarial imitation over its updates: afd.py --objective reverse-kl and js from one SFT model, several
+seeds, curves in one plot.
 
-    python benchmark/adversarial.py --seeds 3                  # SmolLM2: seven runs of half an hour
-    python benchmark/adversarial.py --scale small --seeds 5    # a model of a million weights, in minutes
+    python benchmark/adversarial.py --seeds 3                  # SmolLM2: half an hour a run on one thread
+    python benchmark/adversarial.py --scale small --seeds 5    # a model of a million weights: a minute or two
     python benchmark/adversarial.py --redraw                   # only plot and table anew
 
-The small model is the start of `benchmark/compare.py cycle`, which that makes (--run-dir). The judge's score of
-the policy's samples is there to look at; nothing learned from it. Finished runs are reused; writes
+The small model is the start of `benchmark/compare.py cycle`, which that makes (--run-dir). The judge's score
+of the policy's samples is there to look at; nothing learned from it. Finished runs are reused; writes
 benchmark/results/adversarial.json, .md and .png, or adversarial_small.*.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
 import record
 import tyro
-from compare import show_all, smooth
+from compare import plot, table
 
 SCALES = {  # name: (flags of both stages, of SFT, of the adversarial stage)
     "smollm2": ("--micro-batch-tokens 768", "", "--batch-size 8 --samples-per-prompt 2"),
@@ -35,7 +36,6 @@ PANELS = {
     "kl": "KL(π ‖ π_SFT), nats per reply",
     "length": "tokens per reply",
 }
-COLUMNS = ("score_after", "win_rate", "eval_judge_win_rate", "length_after", "distinct_2_after", "kl")
 
 
 def main(
@@ -85,48 +85,18 @@ def main(
 def report(file: Path) -> None:
     """Write the plot and the table beside the JSON `file`, and print the table."""
     result = json.loads(file.read_text())
-    plot(result["runs"], file.with_suffix(".png"))
-    file.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    rows = [{"variant": row["objective"], "summary": row["summary"]} for row in result["runs"]]
+    text = table([{"variant": "SFT", "summary": result["sft"]["summary"]}, *rows], ["SFT", *OBJECTIVES])
+    file.with_suffix(".md").write_text(text)
+    print(text)
+    curves = [{"variant": row["objective"], **from_the_start(row["curves"])} for row in result["runs"]]
+    plot(curves, list(OBJECTIVES), tuple(PANELS), file.with_suffix(".png"), PANELS)
 
 
-def table(result: dict) -> str:
-    """Markdown: the SFT model and each objective, a cell with every seed's figure, of more than three the mean
-    ± its standard error."""
-    lines = [
-        "| | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
-    groups = {"SFT": [result["sft"]]}
-    groups |= {name: [row for row in result["runs"] if row["objective"] == name] for name in OBJECTIVES}
-    for name, rows in groups.items():
-        cells = [show_all([row["summary"].get(column) for row in rows]) for column in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """A panel a metric over policy updates: a thin line a seed, a thick one the mean over seeds and five
-    updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7))
-    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-        for i, objective in enumerate(OBJECTIVES):
-            curves = [row["curves"][key] for row in rows if row["objective"] == objective]
-            for curve in curves:
-                axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.3, linewidth=0.7)
-            mean = smooth([sum(values) / len(values) for values in zip(*curves, strict=True)])
-            axis.plot(range(1, len(mean) + 1), mean, color=f"C{i}", linewidth=2, label=objective)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("policy update")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def from_the_start(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The curves at equal length: KL and length are logged once the discriminator's steps alone are over."""
+    longest = max(map(len, curves.values()))
+    return {key: [math.nan] * (longest - len(values)) + values for key, values in curves.items()}
 
 
 if __name__ == "__main__":

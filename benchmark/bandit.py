@@ -56,9 +56,9 @@ def bandit() -> dict:
         late, whole = regret[..., -10:].mean(-1), regret.mean(-1)  # (α, seeds)
         out["ways"][way] = {
             f"{value:g}": {
-                "late": statistics(late[i]),
-                "late_minus_dpo": statistics(late[i] - late[0]),
-                "whole_minus_dpo": statistics(whole[i] - whole[0]),
+                "late": mean_and_error(late[i]),
+                "late_minus_dpo": mean_and_error(late[i] - late[0]),
+                "whole_minus_dpo": mean_and_error(whole[i] - whole[0]),
                 "found": round(found[i].mean().item(), 4),
                 "regret": [round(x, 4) for x in regret[i].mean(0).tolist()],
                 "error": [round(x, 4) for x in (regret[i].std(0) / math.sqrt(SEEDS)).tolist()],
@@ -69,7 +69,7 @@ def bandit() -> dict:
     return out
 
 
-def statistics(values: torch.Tensor) -> list[float]:
+def mean_and_error(values: torch.Tensor) -> list[float]:
     """Mean and standard error of (S,) values, rounded."""
     return [round(values.mean().item(), 5), round(values.std().item() / math.sqrt(len(values)), 5)]
 

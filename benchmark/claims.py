@@ -19,6 +19,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean as mean
+from statistics import stdev
 
 import ledger_demonstrations
 import ledger_ipo
@@ -26,7 +28,7 @@ import ledger_nash
 import ledger_selm
 import record
 import tyro
-from ledger import NOT_TESTED, PAPERS, VERDICTS, Claim, Results, by_variant, deviation, mean, point, seeds_for
+from ledger import NOT_TESTED, PAPERS, VERDICTS, Claim, Results, by_variant, point, seeds_for
 from tabular import STUDIES
 from untested import JOBS
 from untested import ROWS as UNTESTED
@@ -169,7 +171,7 @@ def seeds(results: Results) -> str:
         found = [a - b for a, b in zip(ours, dpo, strict=True)]
         cells = [
             " / ".join(map(point, found)),
-            point(deviation(found)),
+            point(stdev(found)),
             *(str(seeds_for(gap, found)) for gap in gaps),
         ]
         lines.append(f"| {key.replace('_', ' ')} | " + " | ".join(cells) + " |")

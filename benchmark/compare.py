@@ -37,6 +37,7 @@ CYCLE = (
     " --tau 0.1 --learning-rate 4e-4 --batch-size 16 --num-prompts None --max-steps 200"
     " --micro-batch-tokens 4096"
 )
+TITLES = {"score": "judge's score of the sampled replies"}  # of panels; else the metric's name
 LATE = 100  # steps at the end of a run of the cycle study that are looked at together
 # the scalar: Bradley-Terry fitted to the judge by benchmark/cycle_reward.py
 CYCLE_SCALAR = CYCLE.replace("--judge cycle", "--judge benchmark/cycle_reward.py:small_reward")
@@ -182,7 +183,7 @@ def late(row: dict) -> dict:
 
 
 def table(rows: list[dict], variants: list[str]) -> str:
-    """Markdown: one line a variant, each cell the seeds' values."""
+    """Markdown: one line a variant, in each cell what `show_all` makes of the seeds' values."""
     rows = [{"variant": row["variant"], **row["summary"], **row} for row in rows]
     columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
     lines = [
@@ -217,7 +218,9 @@ def smooth(values: list[float]) -> list[float]:
     return [sum(part) / len(part) for part in near]
 
 
-def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: Path) -> None:
+def plot(
+    rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: Path, titles: dict = TITLES
+) -> None:
     """A panel a metric over steps: a thin line a seed, a thick one the mean over seeds and five steps; of the
     cycle study also where each algorithm would come to rest, dotted."""
     import matplotlib
@@ -245,7 +248,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
             if curves and rest is not None:
                 axis.axhline(rest, color=f"C{i}", linestyle=":", linewidth=1.5)
         axis.set_xlabel("optimiser step")
-        axis.set_title({"score": "judge's score of the sampled replies"}.get(metric, metric), fontsize=10)
+        axis.set_title(titles.get(metric, metric), fontsize=10)
         axis.grid(alpha=0.3)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -253,7 +256,7 @@ def plot(rows: list[dict], variants: list[str], metrics: tuple[str, ...], path: 
 
 def resting(variant: str, metric: str) -> float | None:
     """The metric at the variant's resting point, if `benchmark/resting_points.py` knows one."""
-    known = json.loads((record.RESULTS / "resting_points.json").read_text()).get("cycle", {"points": {}})
+    known = json.loads((record.RESULTS / "resting_points.json").read_text())["cycle"]
     if variant not in known["points"]:
         return None
     if metric == "exploitability":

@@ -1,4 +1,5 @@
-"""One record of what each script's default run did, and afd.py on real data: command, commit, versions, summary.
+"""One record of what each script's default run did, and afd.py on real data: command, commit, versions,
+summary.
 
     python benchmark/default_runs.py                             # all of them, one after the other
     python benchmark/default_runs.py preference_model --run-dir runs

@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
+from statistics import stdev
 
 import record
 
@@ -125,19 +127,9 @@ def interval(low: float, high: float) -> str:
     return f"[{point(low)}, {point(high)}]"
 
 
-def mean(values: list[float]) -> float:
-    """Of some values."""
-    return sum(values) / len(values)
-
-
-def deviation(values: list[float]) -> float:
-    """Sample standard deviation of at least two values."""
-    return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
-
-
 def error(values: list[float]) -> float:
     """Standard error of their mean."""
-    return deviation(values) / math.sqrt(len(values))
+    return stdev(values) / math.sqrt(len(values))
 
 
 def told(difference: float, standard_error: float, above: str = IN_SHAPE) -> str:
@@ -169,7 +161,7 @@ def share(value: float) -> str:
 def seeds_for(difference: float, gaps: list[float]) -> int:
     """Pairs of runs that show a mean difference at 5 %, two-sided, with 80 % power, from some pairs' spread
     (normal approximation)."""
-    return math.ceil(((1.960 + 0.842) * deviation(gaps) / difference) ** 2)
+    return math.ceil(((1.960 + 0.842) * stdev(gaps) / difference) ** 2)
 
 
 # --- the cycle judge, in both studies of it that may be recorded ---------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean as mean
 
 from ledger import (
     CONTRADICTED,
@@ -16,7 +17,6 @@ from ledger import (
     exact,
     interval,
     listed,
-    mean,
     point,
     rows,
     spread,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean as mean
+
 from ledger import (
     CONTRADICTED,
     IN_SHAPE,
@@ -16,7 +18,6 @@ from ledger import (
     cycle_value,
     exact,
     listed,
-    mean,
     point,
     rows,
     study,

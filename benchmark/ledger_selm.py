@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean as mean
 
 from ledger import (
     CONTRADICTED,
@@ -15,7 +16,6 @@ from ledger import (
     error,
     exact,
     listed,
-    mean,
     point,
     rows,
     share,

@@ -1,5 +1,5 @@
-"""A small random language model for studies that need hundreds of steps and several seeds in minutes: two layers
-and a vocabulary of 4,096 learnt from chitchat's training replies.
+"""A small random language model for studies that need hundreds of steps and several seeds in minutes: two
+layers and a vocabulary of 4,096 learnt from chitchat's training replies.
 
     python benchmark/small_model.py --out runs/small        # then afd.py teaches it human replies
 """

@@ -20,7 +20,7 @@ from dataclasses import fields
 
 import record
 import torch
-from bandit import bandit, statistics
+from bandit import bandit, mean_and_error
 
 sys.path.insert(0, str(record.ROOT / "docs"))
 
@@ -433,9 +433,9 @@ def nash_beta() -> dict:
     for beta, pairs in found.items():
         rates, gaps = torch.tensor(pairs, dtype=torch.float64)[2:].T
         out["random"][f"{beta:g}"] = {
-            "win_rate": statistics(rates),
-            "minus_self_play": statistics(rates - of_self_play),
-            "exploitability": statistics(gaps),
+            "win_rate": mean_and_error(rates),
+            "minus_self_play": mean_and_error(rates - of_self_play),
+            "exploitability": mean_and_error(gaps),
         }
         for name, pair in zip(("rock-paper-scissors", "dice"), pairs, strict=False):
             out[name][f"{beta:g}"] = {"win_rate": round(pair[0], 5), "exploitability": round(pair[1], 5)}
@@ -466,7 +466,7 @@ def nash_reward() -> dict:
     columns = {"nash_beats_rlhf": same, "at_equal_kl": equal, "nash_exploitability": nash_gaps}
     columns |= {"rlhf_exploitability": rlhf_gaps, "rlhf_moved": [float(x) for x in moved]}
     for key, values in columns.items():
-        out["random"][key] = statistics(torch.tensor(values[2:], dtype=torch.float64))
+        out["random"][key] = mean_and_error(torch.tensor(values[2:], dtype=torch.float64))
         out["rock-paper-scissors"][key], out["dice"][key] = (round(value, 5) for value in values[:2])
     out["bradley_terry_reward_moved"] = largest([scalar.reward() - elsewhere])
     return out

@@ -36,10 +36,15 @@ def environment() -> dict:
         "git_commit": git("rev-parse", "HEAD") if status is not None else None,
         "git_dirty": bool(status) if status is not None else None,
         "versions": versions,
-        "device_name": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device_name": device_name(),
     }
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's number of threads, on which the order of its sums depends."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def plot_curves(metrics: list[dict], names: tuple[str, ...], path: Path, title: str) -> None:

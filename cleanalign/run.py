@@ -28,7 +28,7 @@ from cleanalign.errors import JudgeFailure, UserError, optional_import, require
 from cleanalign.events import open_events
 from cleanalign.lock import Lock
 from cleanalign.phases import SMALL_MICRO_BATCH, Phases, peak_memory
-from cleanalign.reporting import environment, plot_curves, summary_text
+from cleanalign.reporting import device_name, environment, plot_curves, summary_text
 from cleanalign.signals import signals
 from cleanalign.storage import write_json, write_text, writing
 
@@ -257,7 +257,7 @@ class Run(Phases):
             return None
         state, rows = kept
         began = json.loads((self.folder / "args.json").read_text()).get("device_name")
-        here = environment()["device_name"]
+        here = device_name()
         if began not in (None, here):
             print(
                 f"the run began on {began} and goes on on {here}: its last digits may differ from those of a "
