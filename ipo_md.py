@@ -14,8 +14,8 @@ Departures from the paper:
     over at τ = 1 only.
  4. DPO and SLiC get the same soft weighting, p f(h) + (1 − p) f(−h).
  5. AdamW in place of Adafactor.
- 6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights, at a hundredth of the
-    learning rate. Both rates are ours, and unmeasured (docs/selm.md says why a hundred).
+ 6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights, at a thirtieth of the
+    learning rate. Both rates are ours, and unmeasured (docs/selm.md says why thirty).
  7. The smollm2-135m recipe is ours, chosen for two CPU cores.
  8. The pythia-1b-tldr recipe asks a scalar judge (the paper: a pairwise preference model) about TL;DR posts
     (the paper: XSum articles), and has τ = 1 for every --loss (the paper: 5 for DPO, 10 for SLiC).

@@ -14,8 +14,8 @@ Departures from the paper:
  4. With --opponent self and K > 1 the samples of a prompt are each other's opponents (never their own), and
     all are trained on.
  5. Learning rate, batch size and optimiser are not reported; ours are AdamW and the recipes' values.
- 6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights, at a hundredth of the
-    learning rate. Both rates are unmeasured (docs/selm.md says why a hundred).
+ 6. On one GPU the 8B recipe trains a LoRA adapter; --lora-rank 0 trains all weights, at a thirtieth of the
+    learning rate. Both rates are unmeasured (docs/selm.md says why thirty).
  7. The smollm2-135m recipe is ours, chosen for two CPU cores.
  8. The pythia-1b-tldr recipe asks a scalar judge; the paper's is a pairwise preference model.
 
