@@ -48,6 +48,7 @@ from cleanalign.models import (
     starting_model,
     upload,
 )
+from cleanalign.packed import packed
 
 # For a notebook one import does: what it needs to load a model and data stands beside what works on text.
 __all__ = [
@@ -250,10 +251,13 @@ def sample(
     longest = max(longest, decoders.longest)
     shape = (beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
     decoder = decoders.get(kind, members, (completions - unmixed, completions), *shape)
-    for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
-        chunk = order[start : start + step]
-        for i, group in zip(chunk, decoder.decode([prompts[i] for i in chunk], uniforms[chunk]), strict=True):
-            replies[i] = group
+    starts = range(0, len(order), step)
+    with packed(members[0], rows=step * completions, products=max_new_tokens * len(starts)):
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            chunk = order[start : start + step]
+            groups = decoder.decode([prompts[i] for i in chunk], uniforms[chunk])
+            for i, group in zip(chunk, groups, strict=True):
+                replies[i] = group
     own = sum(len(reply) for group in replies if group is not None for reply in group)
     replies = distributed.merge(replies)
     if stats is not None:
@@ -450,16 +454,24 @@ def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, N)) for start in range(0, N, size))
 
 
+WITHOUT_GRADIENT = 4  # times the tokens of a micro-batch
+
+
 @torch.no_grad()
 def sequence_logprobs(
     model, prompts, completions, temperature, device, micro_batch_tokens: int, progress: str | None = None
 ) -> list[list[float]]:
     """Summed log-probs without gradient, [prompt][completion], for any number of prompts; `temperature` as in
-    `completion_logprobs`, per prompt if a list of (K,) lists. They are read from the device together."""
+    `completion_logprobs`, per prompt if a list of (K,) lists. They are read from the device together.
+
+    `micro_batch_tokens` are those of a pass with gradient: a CPU, which wants large products, takes
+    `WITHOUT_GRADIENT` times as many here. The numbers are the same.
+    """
     result: list = [None] * len(prompts)
     sums = []
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
-    parts = shares(prompts, completions, micro_batch_tokens)[distributed.rank()]
+    tokens = micro_batch_tokens * (WITHOUT_GRADIENT if torch.device(device).type == "cpu" else 1)
+    parts = shares(prompts, completions, tokens)[distributed.rank()]
     for part in parts:
         batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)
         heat = (

@@ -307,14 +307,13 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
 
 def keep_decoders(exp: Experiment) -> None:
     """After sampling: keep the decoders for the next step where training has room beside them, else give them
-    back; say which when it changes. A script that samples once for many steps keeps none, nor does a CPU run
-    whose micro-batches say that little memory matters more than speed."""
+    back; say which when it changes. A script that samples once for many steps keeps none."""
     held = exp.decoders.bytes()
     if exp.args.holds().sampled is None or held == 0:
         return exp.decoders.clear()
     config = base_model(exp.policy).config.get_text_config()
     needed, free = training_bytes(exp.args, config, exp.dtype.itemsize, exp.device), free_memory(exp.device)
-    room = free is not None and free > 1.5 * needed and (exp.device.type != "cpu" or not exp.run.lean)
+    room = free is not None and free > 1.5 * needed
     if room != exp.run.keeps_decoders:
         exp.run.keeps_decoders = room
         what = "kept while the policy trains" if room else "given back before the policy trains"
@@ -605,7 +604,7 @@ def with_reference(exp: StagedExperiment, name: str, model, examples: list[Examp
             [e.completions for e in examples],
             [e.temperature for e in examples],
         ]
-        size, progress = 4 * exp.args.micro_batch_tokens, f"{name}: reference log-probs"
+        size, progress = exp.args.micro_batch_tokens, f"{name}: reference log-probs"
         with exp.run.phase("reference"):
             sums = common.sequence_logprobs(model, *columns, exp.device, size, progress)
         filled = [replace(example, reference=row) for example, row in zip(examples, sums, strict=True)]

@@ -19,14 +19,8 @@ from pathlib import Path
 import record
 import tyro
 
-from cleanalign import command_line, dry_run, run
-from cleanalign.phases import (
-    SMALL_MICRO_BATCH,
-    give_back_freed_memory,
-    keep_freed_memory,
-    peak_memory,
-    reset_peak_memory,
-)
+from cleanalign import command_line, dry_run
+from cleanalign.phases import give_back_freed_memory, peak_memory, reset_peak_memory
 
 sys.path.insert(0, str(record.ROOT / "tests"))
 import tiny
@@ -78,9 +72,6 @@ def measure(name: str) -> dict:
     """Bytes foreseen and held by phase, and foreseen over held."""
     script, model, flags = SHAPES[name]
     dry_run.matmul_peak = lambda *_: 1e12  # not asked for here, and it takes a while
-    # whatever its micro-batches, a shape hands freed memory back before a phase, as the default runs do
-    run.SMALL_MICRO_BATCH = 2**30
-    command_line.keep_freed_memory = lambda _: keep_freed_memory(SMALL_MICRO_BATCH)
     with tempfile.TemporaryDirectory() as folder:
         small = tiny.folder(Path(folder) / "model")
         rehearse(script, [f"--model={small}", *flags], Path(folder) / "small")

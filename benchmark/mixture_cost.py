@@ -20,7 +20,7 @@ from step_cost import in_turn
 import common
 from cleanalign.data import load_rows
 from cleanalign.models import choose_attention, load_model, load_tokenizer, resolve_device, resolve_dtype
-from cleanalign.phases import SMALL_MICRO_BATCH, keep_freed_memory
+from cleanalign.phases import keep_freed_memory
 
 NEVER = [-1]  # no token ends a reply
 
@@ -45,7 +45,7 @@ def main(
         rounds: times every variant is timed.
         out: JSON file to write.
     """
-    keep_freed_memory(SMALL_MICRO_BATCH)  # as the default runs do
+    keep_freed_memory()  # as the default runs do
     device = resolve_device("auto")
     how = resolve_dtype("auto", device), device, choose_attention("auto", device, 128)
     reference = load_model(model, *how)

@@ -88,7 +88,7 @@ def main(
         out: JSON file to write.
     """
     args = replace(selm.RECIPES["smollm2-135m"], model=model, device=device, batch_size=16)
-    keep_freed_memory(args.micro_batch_tokens)
+    keep_freed_memory()
     exp = bare_experiment(args)
     optimiser = MasterAdamW(exp.policy)
 

@@ -70,7 +70,7 @@ def main(
 
 def utilisation(device: str, rounds: int) -> dict:
     """Default selm steps: 8 pairs of 50 prompt and 2 × 24 completion tokens, in one micro-batch."""
-    keep_freed_memory(1024)
+    keep_freed_memory()
     args = replace(
         selm.RECIPES["smollm2-135m"], model="random:smollm2-135m", device=device, micro_batch_tokens=1024
     )
@@ -131,7 +131,7 @@ model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat
 model = make_trainable(model, 0, 0, False)
 for p in model.parameters():
     p.grad = torch.zeros_like(p)  # gradients are counted with the weights
-keep_freed_memory(1024)
+keep_freed_memory()
 
 def step(completions):
     prompts = [[i % 1000 + 5 for i in range(16)] for _ in completions]
@@ -195,7 +195,7 @@ def states(device: str, steps: int, learning_rate: float = 5e-7) -> dict:
     Losses are those of the (master) weights in a float32 model on all the pairs: a bfloat16 forward pass is
     noisier than what 24 such steps gain.
     """
-    keep_freed_memory(1024)
+    keep_freed_memory()
     args = replace(selm.RECIPES["smollm2-135m"], device=device, batch_size=4, alpha=0.0)
     exp = bare_experiment(args)
     start = [p.detach().float().cpu() for p in exp.policy.parameters()]

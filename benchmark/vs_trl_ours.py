@@ -53,7 +53,7 @@ def arguments(settings: dict):
 def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
     """Load once and say what was loaded; then one optimiser step for each request, and what it took."""
     script, args = arguments(settings)
-    keep_freed_memory(args.micro_batch_tokens)
+    keep_freed_memory()
     exp = set_up("vs_trl", args)
     exp.ends = NEVER
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)

@@ -36,7 +36,7 @@ def command_line(main: Callable, recipes: dict, argv: list[str] | None = None) -
             args = distributed.attempt(lambda: parse(recipes, argv))
             require_same_everywhere(args)
             if args is not None:
-                keep_freed_memory(args.micro_batch_tokens)
+                keep_freed_memory()
                 with advice_when_out_of_memory(args):
                     args = dry_run.prepare(args) if args.dry_run else args
                     if args is not None:

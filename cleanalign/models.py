@@ -79,9 +79,10 @@ def upload(x: torch.Tensor, device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def choose_attention(attention: str, device: torch.device, longest: int) -> str:
+def choose_attention(attention: str, device: torch.device, longest: int, gradient: bool = True) -> str:
     """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows,
-    where it is faster, else sdpa; `flex` leaves out what siblings do not see of each other.
+    where it is faster, else sdpa; `flex` leaves out what siblings do not see of each other. Without
+    `gradient` eager's maps are not kept, and longer rows count as short.
 
     Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not
         see each other, are none. Raises `UserError` for flex without CUDA: torch trains with it there alone.
@@ -92,7 +93,8 @@ def choose_attention(attention: str, device: torch.device, longest: int) -> str:
     )
     if attention != "auto":
         return attention
-    return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
+    short = 256 if gradient else 512
+    return "eager" if device.type == "cpu" and longest <= short else "sdpa"
 
 
 def _flex(module, query, key, value, attention_mask, **kwargs):
@@ -337,14 +339,16 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
 def head_logits(hidden, weight, bias, softcap):
     """Logits (…, V) of hidden states (…, D). On CUDA those of bfloat16 weights are float32, as the matrix
     product has summed them: rounded to bfloat16, a logit between 16 and 32 is off by up to 1/16. Elsewhere
-    torch rounds them to the weights' precision, and the caller widens them."""
+    torch rounds them to the weights' precision, and the caller widens them. `cleanalign.packed` may have laid
+    out the weight for it."""
     hidden = hidden.to(weight.dtype)
     if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
         logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
         logits = logits.unflatten(0, hidden.shape[:-1])
         logits = logits if bias is None else logits.add_(bias)
     else:
-        logits = F.linear(hidden, weight, bias)
+        ready = getattr(weight, "packed_product", None)
+        logits = F.linear(hidden, weight, bias) if ready is None or bias is not None else ready(hidden)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

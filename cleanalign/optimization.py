@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from cleanalign import distributed
+from cleanalign.phases import give_back_freed_memory
 
 STATES = ("float32", "bfloat16")  # values of --optimizer-states
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
@@ -72,7 +73,7 @@ class _AdamW:
 
     def _add(self, i: int, grad: torch.Tensor) -> None:
         if i in self._summed:
-            self.grads[i] += grad
+            add_in_place(self.grads[i], grad)
         else:
             self.grads[i].copy_(grad)
             self._summed.add(i)
@@ -134,10 +135,26 @@ class _AdamW:
                 copy_overlap(tensor, self.offsets[i], pieces)
 
     def release(self) -> None:
-        """Detach from the model: hooks gone, gradients free to be collected."""
+        """Detach from the model: hooks gone, gradients free to be collected, and their memory given back."""
         for handle in self._hooks:
             handle.remove()
         self.weights, self.parts, self.grads = [], [], []
+        give_back_freed_memory()  # the next optimiser's tensors may not fit where these were
+
+
+ADD_AT_ONCE = 2**19  # numbers
+
+
+def add_in_place(total: torch.Tensor, grad: torch.Tensor) -> None:
+    """total += grad. On a CPU torch first widens a low-precision `grad`: a vocabulary's copy is over 100 MB,
+    faulted in and given back each time. So it is added in parts."""
+    large = total.numel() > 2 * ADD_AT_ONCE and total.is_contiguous()
+    if total.device.type != "cpu" or not large:
+        total += grad
+        return
+    parts, more = total.view(-1).split(ADD_AT_ONCE), grad.reshape(-1).split(ADD_AT_ONCE)
+    for part, of_grad in zip(parts, more, strict=True):
+        part += of_grad
 
 
 def copy_overlap(part: torch.Tensor, start: int, pieces: list[tuple[torch.Tensor, int]]) -> None:
@@ -223,8 +240,8 @@ class MasterAdamW(_AdamW):
 
     def release(self) -> None:
         """Detach from the model: hooks gone, masters and moments free to be collected."""
-        super().release()
         self.masters, self.inner = [], None
+        super().release()
 
 
 class SplitAdamW(_AdamW):
@@ -325,8 +342,8 @@ class SplitAdamW(_AdamW):
 
     def release(self) -> None:
         """Detach from the model: hooks gone, low bits and moments free to be collected."""
-        super().release()
         self.low, self.means, self.squares = [], [], []
+        super().release()
 
 
 def join_bits(weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:

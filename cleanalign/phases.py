@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 import torch
@@ -23,22 +24,13 @@ def _glibc():
     return None
 
 
-SMALL_MICRO_BATCH = (
-    256  # tokens; up to this size micro-batches say that little memory matters more than speed
-)
-
-
-def keep_freed_memory(micro_batch_tokens: int) -> None:
-    """Tell glibc to keep freed memory: giving activations back and faulting them in again costs a large part
-    of a CPU step.
-
-    Blocks above M_MMAP_THRESHOLD always go back. With small micro-batches gradients of the vocabulary do,
-    which costs time.
-    """
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory, and torch to ask for huge pages: giving activations back and faulting
+    them in again costs a large part of a CPU step. Call it before the first tensor is made."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once
     if glibc := _glibc():
         glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        # M_MMAP_THRESHOLD; chunks of logits are 32 MB
-        glibc.mallopt(-3, 40 * 2**20 if micro_batch_tokens <= SMALL_MICRO_BATCH else 2**29)
+        glibc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: blocks above it always go back
 
 
 def give_back_freed_memory() -> None:
@@ -68,16 +60,19 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+TAKING_TURNS = 3  # phases: a step's sampling, judging and training
+
+
 class Phases:
     """Seconds, tokens and peak memory of a run, by phase: sampling, judging, training, …
 
-    Use `phase(name)` around timed work and `add_tokens` or `add_batch` for what it computed. `lean` gives
-    freed memory back before each phase, for runs whose micro-batches say that little memory matters more than
-    speed.
+    Use `phase(name)` around timed work and `add_tokens` or `add_batch` for what it computed. Before a phase
+    that is not one of the last few, freed memory goes back: the buffers of one stage differ in size from the
+    next one's, and their peaks would add up. Phases that take turns find theirs again.
     """
 
-    def __init__(self, lean: bool = False):
-        self.lean = lean
+    def __init__(self):
+        self.last_phases: deque[str] = deque(maxlen=TAKING_TURNS)
         self._phases: dict[str, Counter] = defaultdict(Counter)
         self.open_phases: list[str] = []
         self.phase_mark = None  # when the innermost open phase began, or went on
@@ -99,9 +94,10 @@ class Phases:
     def phase(self, name: str):
         """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an
         inner one are its own alone."""
-        if not self.open_phases and self.lean:
-            # a phase's buffers differ in size from the last one's: their peaks would add up
-            give_back_freed_memory()
+        if not self.open_phases:
+            if name not in self.last_phases:
+                give_back_freed_memory()
+            self.last_phases.append(name)
         self._close_measurement()
         self.open_phases.append(name)
         try:

@@ -27,7 +27,7 @@ from cleanalign.checkpoint import Checkpoints
 from cleanalign.errors import JudgeFailure, UserError, optional_import, require
 from cleanalign.events import open_events
 from cleanalign.lock import Lock
-from cleanalign.phases import SMALL_MICRO_BATCH, Phases, peak_memory
+from cleanalign.phases import Phases, peak_memory
 from cleanalign.reporting import device_name, environment, plot_curves, summary_text
 from cleanalign.signals import signals
 from cleanalign.storage import write_json, write_text, writing
@@ -45,7 +45,7 @@ class Run(Phases):
     current: Run | None = None  # the one that has its folder's lock, for whoever ends the program
 
     def __init__(self, script: str, args, steps: int):
-        super().__init__(lean=args.micro_batch_tokens <= SMALL_MICRO_BATCH)
+        super().__init__()
         self.script, self.args, self.steps = script, args, steps
         if args.resume:
             self.folder = Path(args.resume)

@@ -19,7 +19,7 @@ import ipo_md
 import nash_md
 import selm
 import spin
-from cleanalign import dry_run, synthetic
+from cleanalign import dry_run, phases, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL
 from cleanalign.models import HUB_MODELS, load_model, make_trainable
 from cleanalign.phases import Phases, give_back_freed_memory, keep_freed_memory, reset_peak_memory
@@ -286,15 +286,26 @@ def test_a_phase_ends_when_its_body_raises():
     assert all(phase["seconds"] > 0 for phase in clock.phases.values())
 
 
+def test_memory_goes_back_before_a_new_stage_and_not_between_phases_that_take_turns(monkeypatch):
+    clock, given_back = Phases(), []
+    monkeypatch.setattr(phases, "give_back_freed_memory", lambda: given_back.append(opened))
+    names = ["sampling", "judging", "training"] * 3 + ["training"] * 3 + ["sampling", "evaluation"]
+    for name in names:
+        opened = name
+        with clock.phase(name), clock.phase("inner"):
+            pass
+    assert given_back == ["sampling", "judging", "training", "sampling", "evaluation"]
+
+
 def test_nested_phases_have_their_own_seconds_and_peaks(tmp_path):
     run = Run("selm", selm.Args(run_dir=str(tmp_path)), 1)
-    keep_freed_memory(1)  # as a default run has it: a block of this size goes back when it is freed
+    keep_freed_memory()  # as runs have it: a block of this size goes back when it is freed
     give_back_freed_memory()  # neither what the tests before this one left nor their peaks are the run's
     reset_peak_memory()
     with run.phase("outer"):
         outer = torch.ones(2**22)
         with run.phase("inner"):
-            inner = torch.ones(2**26)
+            inner = torch.ones(2**28)
             inner.add_(1)
             del inner
         del outer

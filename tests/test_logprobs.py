@@ -282,3 +282,17 @@ def test_padding_is_counted():
     fed = batch.tokens
     assert fed == 3 + 1 + 6 + (2 + 4 + 0) + (1 + 0 + 2) + (4 + 1 + 2) and batch.scored == 9 + 6 + 10
     assert batch.input_ids.numel() == 3 * (16 + 3 * 8) > fed
+
+
+def test_sequence_logprobs_do_not_depend_on_how_they_are_split(model, monkeypatch):
+    sums = {}
+    for times in (1, 1000):
+        monkeypatch.setattr(common, "WITHOUT_GRADIENT", times)
+        sums[times] = common.sequence_logprobs(model, PROMPTS, COMPLETIONS, 0.7, "cpu", 1)
+    expected = [
+        [plain(model, p, y, 0.7).sum().item() for y in group]
+        for p, group in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
+    for measured in sums.values():
+        for got, wanted in zip(measured, expected, strict=True):
+            assert got == pytest.approx(wanted, abs=1e-5)

@@ -181,3 +181,12 @@ def test_released_optimiser_leaves_the_gradient_alone():
     optimization.SplitAdamW(model).release()
     common.completion_logprobs(model, batch_at(0)).sum().backward()
     assert all(p.grad is not None for p in copy.copy(model).parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_gradients_add_up_in_parts(dtype):
+    size = 2 * optimization.ADD_AT_ONCE + 3
+    total, grad = torch.randn(size), torch.randn(size).to(dtype)
+    expected = total + grad.float()
+    optimization.add_in_place(total, grad)
+    assert torch.equal(total, expected)
