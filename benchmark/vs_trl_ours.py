@@ -56,6 +56,7 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
     keep_freed_memory()
     exp = set_up("vs_trl", args)
     exp.ends = NEVER
+    exp.run = Run("vs_trl", args, 0)  # a run's clock; create() is not called, so nothing is written
     optimiser = make_optimiser(exp.policy, args.optimizer_states, args.weight_decay)
     yield dict(
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -71,7 +72,8 @@ def serve(settings: dict, requests: Iterable[str]) -> Iterator[dict]:
 def one_step(script, exp: Experiment, optimiser, request: dict) -> dict:
     """One optimiser step of the script on one batch of prompts: what it took."""
     args = exp.args = replace(exp.args, max_new_tokens=request["new_tokens"])
-    exp.run = Run("vs_trl", args, 0)  # its clock; create() is not called, so nothing is written
+    before = {name: dict(phase) for name, phase in exp.run.phases.items()}
+    exp.run.peak_memory_bytes = 0
     start = request["batch"] * args.batch_size
     indices = list(range(start, start + args.batch_size))
     started = time.perf_counter()
@@ -79,12 +81,16 @@ def one_step(script, exp: Experiment, optimiser, request: dict) -> dict:
     with exp.run.phase("training"):
         script.train_step(exp, optimiser, batch, 1, args.learning_rate)
     seconds = time.perf_counter() - started
+
+    def spent(name: str, what: str) -> float:
+        return exp.run.phases[name][what] - before.get(name, {}).get(what, 0)
+
     return dict(
         seconds=seconds,
-        **{name: phase["seconds"] for name, phase in exp.run.phases.items()},
+        **{name: spent(name, "seconds") for name in exp.run.phases},
         peak_memory_bytes=exp.run.peak_memory_bytes,
         prompt_tokens=sum(len(exp.prompts[i]) for i in indices),
-        new_tokens=exp.run.phases["sampling"]["tokens"],
+        new_tokens=spent("sampling", "tokens"),
     )
 
 
