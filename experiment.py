@@ -305,15 +305,20 @@ def set_up(script: str, args, columns: tuple[str, ...] = ()) -> Experiment:
     return exp
 
 
+SMALL_MICRO_BATCH = 256  # tokens
+
+
 def keep_decoders(exp: Experiment) -> None:
     """After sampling: keep the decoders for the next step where training has room beside them, else give them
-    back; say which when it changes. A script that samples once for many steps keeps none."""
+    back; say which when it changes. A script that samples once for many steps keeps none, nor does a CPU run
+    whose micro-batches say that little memory matters more than speed."""
     held = exp.decoders.bytes()
     if exp.args.holds().sampled is None or held == 0:
         return exp.decoders.clear()
     config = base_model(exp.policy).config.get_text_config()
     needed, free = training_bytes(exp.args, config, exp.dtype.itemsize, exp.device), free_memory(exp.device)
-    room = free is not None and free > 1.5 * needed
+    sparing = exp.device.type == "cpu" and exp.args.micro_batch_tokens <= SMALL_MICRO_BATCH
+    room = free is not None and free > 1.5 * needed and not sparing
     if room != exp.run.keeps_decoders:
         exp.run.keeps_decoders = room
         what = "kept while the policy trains" if room else "given back before the policy trains"

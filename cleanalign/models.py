@@ -339,16 +339,14 @@ def head(model) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
 def head_logits(hidden, weight, bias, softcap):
     """Logits (…, V) of hidden states (…, D). On CUDA those of bfloat16 weights are float32, as the matrix
     product has summed them: rounded to bfloat16, a logit between 16 and 32 is off by up to 1/16. Elsewhere
-    torch rounds them to the weights' precision, and the caller widens them. `cleanalign.packed` may have laid
-    out the weight for it."""
+    torch rounds them to the weights' precision, and the caller widens them."""
     hidden = hidden.to(weight.dtype)
     if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
         logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
         logits = logits.unflatten(0, hidden.shape[:-1])
         logits = logits if bias is None else logits.add_(bias)
     else:
-        ready = getattr(weight, "packed_product", None)
-        logits = F.linear(hidden, weight, bias) if ready is None or bias is not None else ready(hidden)
+        logits = F.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

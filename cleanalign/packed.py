@@ -21,26 +21,23 @@ FEW = 32  # rows; with more the product itself takes so long that the copy is no
 
 @contextlib.contextmanager
 def packed(model, rows: int, products: int):
-    """Context in which `model`'s linear layers and its vocabulary projection compute with weights rearranged
-    on entry, which must not change meanwhile. They take the memory of the weights once more.
+    """Context in which the linear layers of `model`'s transformer compute with weights rearranged on entry,
+    which must not change meanwhile. They take the memory of these weights once more.
 
     Does nothing where torch cannot (`can_pack`), for products of more than `FEW` rows, or where fewer than
     `WORTH` are to come.
     """
-    layers, projection = [], head(model)[0]
+    layers = []
     try:
-        if rows <= FEW and products >= WORTH and can_pack(projection):
+        if rows <= FEW and products >= WORTH and can_pack(head(model)[0]):
             for layer in backbone(model).modules():
                 if isinstance(layer, torch.nn.Linear) and can_pack(layer.weight):
                     layer.forward = product_with(layer.weight, layer.bias)
                     layers.append(layer)
-            projection.packed_product = product_with(projection)  # for `models.head_logits`
         yield
     finally:
         for layer in layers:
             del layer.forward  # the class's own again
-        if hasattr(projection, "packed_product"):
-            del projection.packed_product
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -53,9 +50,7 @@ def can_pack(weight: torch.Tensor) -> bool:
     return there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def product_with(
-    weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def product_with(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """`F.linear` with this weight (N, K) as it is now, and this bias (N,): (…, K) to (…, N)."""
     ready = torch.ops.mkldnn._reorder_linear_weight(weight)
     product = torch.ops.mkldnn._linear_pointwise

@@ -61,6 +61,7 @@ def reset_peak_memory() -> None:
 
 
 TAKING_TURNS = 3  # phases: a step's sampling, judging and training
+GIVE_BACK_EVERY = 12  # phases
 
 
 class Phases:
@@ -68,11 +69,13 @@ class Phases:
 
     Use `phase(name)` around timed work and `add_tokens` or `add_batch` for what it computed. Before a phase
     that is not one of the last few, freed memory goes back: the buffers of one stage differ in size from the
-    next one's, and their peaks would add up. Phases that take turns find theirs again.
+    next one's, and their peaks would add up. Phases that take turns find theirs again; only now and then
+    (`GIVE_BACK_EVERY` phases) are the crumbs between them swept up.
     """
 
     def __init__(self):
         self.last_phases: deque[str] = deque(maxlen=TAKING_TURNS)
+        self.since_given_back = 0  # phases
         self._phases: dict[str, Counter] = defaultdict(Counter)
         self.open_phases: list[str] = []
         self.phase_mark = None  # when the innermost open phase began, or went on
@@ -95,8 +98,10 @@ class Phases:
         """Time a part of the work and note its peak memory. Phases may be nested: seconds and peak of an
         inner one are its own alone."""
         if not self.open_phases:
-            if name not in self.last_phases:
+            self.since_given_back += 1
+            if name not in self.last_phases or self.since_given_back == GIVE_BACK_EVERY:
                 give_back_freed_memory()
+                self.since_given_back = 0
             self.last_phases.append(name)
         self._close_measurement()
         self.open_phases.append(name)

@@ -295,6 +295,12 @@ def test_memory_goes_back_before_a_new_stage_and_not_between_phases_that_take_tu
         with clock.phase(name), clock.phase("inner"):
             pass
     assert given_back == ["sampling", "judging", "training", "sampling", "evaluation"]
+    given_back.clear()
+    opened = "evaluation"
+    for _ in range(3 * phases.GIVE_BACK_EVERY):
+        with clock.phase("evaluation"):
+            pass
+    assert len(given_back) == 3  # now and then all the same
 
 
 def test_nested_phases_have_their_own_seconds_and_peaks(tmp_path):

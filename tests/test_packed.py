@@ -44,9 +44,9 @@ def test_packed_model_computes_what_it_did_and_is_itself_again(model):
     ids = torch.randint(4, 48, (3, 7))
     expected = logits_of(model, ids)
     with room.packed(model, rows=3, products=100):
-        assert own_forwards(model) == 14 and hasattr(head(model)[0], "packed_product")
+        assert own_forwards(model) == 14
         torch.testing.assert_close(logits_of(model, ids), expected, atol=0.05, rtol=0.02)
-    assert own_forwards(model) == 0 and not hasattr(head(model)[0], "packed_product")
+    assert own_forwards(model) == 0
     with pytest.raises(KeyError), room.packed(model, rows=3, products=100):
         raise KeyError
     assert own_forwards(model) == 0 and torch.equal(logits_of(model, ids), expected)
@@ -66,7 +66,7 @@ def test_packed_weights_are_those_on_entry(model):
 @pytest.mark.parametrize("rows, products", [(3, 2), (room.FEW + 1, 100)])
 def test_few_products_or_many_rows_are_not_worth_it(model, rows, products):
     with room.packed(model, rows, products):
-        assert own_forwards(model) == 0 and not hasattr(head(model)[0], "packed_product")
+        assert own_forwards(model) == 0
 
 
 def test_float32_is_left_alone():
