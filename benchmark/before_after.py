@@ -1,5 +1,5 @@
-"""The default selm.py run of two commits, in turn on one machine: wall time, seconds and tokens a second by
-phase, and their ratio.
+"""The default run of a script at two commits, in turn on one machine: wall time, seconds and tokens a second
+by phase, and their ratio; and how many of its steps have the very same metrics.
 
     python benchmark/before_after.py 71232f4 HEAD                   # about eight minutes on two cores
     python benchmark/before_after.py 71232f4 HEAD --flags="--max-steps 6 --eval-prompts 16"
@@ -46,13 +46,16 @@ def main(
                 trees[side] = Path(scratch) / side
                 subprocess.run([*worktree, "add", "--detach", "-q", str(trees[side]), commit], check=True)
             result = {side: one_run(tree, script, flags, Path(scratch)) for side, tree in trees.items()}
+            before_rows, after_rows = (metrics(Path(scratch) / f"run-{side}") for side in trees)
         finally:
             for tree in trees.values():
                 subprocess.run([*worktree, "remove", "--force", str(tree)], check=False)
     ratio = {"wall_seconds": result["before"]["wall_seconds"] / result["after"]["wall_seconds"]}
     for name, seconds in grouped(result["before"]["phase_seconds"]).items():
         ratio[name] = seconds / grouped(result["after"]["phase_seconds"])[name]
+    same = sum(a == b for a, b in zip(before_rows, after_rows, strict=True))
     result = {"command": record.command(), **result, "times_as_fast": ratio}
+    result["logged_rows"] = {"all": len(before_rows), "same_metrics": same}
     record.write(out, result)
     for side in ("before", "after"):
         run = result[side]
@@ -62,6 +65,7 @@ def main(
             f"by phase {listed(run['phase_seconds'])}; tokens/s {listed(rates)}; "
             f"win rate {run['win_rate']:.3f}"
         )
+    print(f"{same} of {len(before_rows)} logged rows have the very same metrics")
     print("times as fast: " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
 
 
@@ -87,6 +91,15 @@ def one_run(tree: Path, script: str, flags: str, scratch: Path) -> dict:
         **{name: summary[name] for name in ("steps", "win_rate", "kl", "peak_memory_bytes")},
         **{name: origin[name] for name in ("git_commit", "versions", "device_name")},
     }
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What a run logged at each step, but for how fast it was."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("tokens_per_second")}
+        for line in lines
+    ]
 
 
 def grouped(phases: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Seconds of one optimiser step, ours and TRL's, on this machine's CPU, with the same model, prompts and
 lengths.
 
-    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4    # 2 min
-    python benchmark/vs_trl.py nash --micro-batch-tokens 768 --steps 1 --our-steps 4 --new-tokens 128  # 7 min
+    python benchmark/vs_trl.py nash --micro-batch-tokens 512 --steps 1 --our-steps 4    # 2 min
+    python benchmark/vs_trl.py nash --micro-batch-tokens 512 --steps 1 --our-steps 4 --new-tokens 128  # 7 min
     python benchmark/vs_trl.py ipo             # ipo_md.py --beta 0, online-IPO
     python benchmark/vs_trl.py nash --smoke    # a tiny random model, in seconds: does it work?
 
