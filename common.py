@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from cleanalign import distributed
@@ -74,6 +75,7 @@ __all__ = [
     "load_tokenizer",
     "make_trainable",
     "micro_batches",
+    "pad_logprobs",
     "pad_rows",
     "prompt_text",
     "resolve_device",
@@ -83,6 +85,7 @@ __all__ = [
     "sequence_logprobs",
     "shares",
     "starting_model",
+    "token_logprobs",
     "turn_end",
     "upload",
 ]
@@ -457,20 +460,44 @@ def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
 WITHOUT_GRADIENT = 4  # times the tokens of a micro-batch
 
 
+def tokens_without_gradient(micro_batch_tokens: int, device) -> int:
+    """Tokens of a pass without gradient, where a pass with one takes `micro_batch_tokens`: a CPU wants large
+    products, a GPU has them. The numbers that come out are the same."""
+    return micro_batch_tokens * (WITHOUT_GRADIENT if torch.device(device).type == "cpu" else 1)
+
+
+@torch.no_grad()
+def token_logprobs(
+    model, prompts, completions, temperature: float, device, micro_batch_tokens: int
+) -> dict[int, torch.Tensor]:
+    """{index of a prompt: (K, T) per-token log-probs without gradient}, of this process's share of the
+    prompts; T is at least its longest completion, `pad_logprobs` makes it a micro-batch's."""
+    rows = {}
+    tokens = tokens_without_gradient(micro_batch_tokens, device)
+    for part in shares(prompts, completions, tokens)[distributed.rank()]:
+        batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)
+        rows |= zip(part, completion_logprobs(model, batch, temperature), strict=True)
+    return rows
+
+
+def pad_logprobs(rows: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """Of G prompts what `token_logprobs` gave, as (G, K, T) of a batch of the same: zeros added or cut."""
+    T = batch.mask.shape[-1]
+    return torch.stack([F.pad(row, (0, T - row.shape[-1])) for row in rows])
+
+
 @torch.no_grad()
 def sequence_logprobs(
     model, prompts, completions, temperature, device, micro_batch_tokens: int, progress: str | None = None
 ) -> list[list[float]]:
     """Summed log-probs without gradient, [prompt][completion], for any number of prompts; `temperature` as in
     `completion_logprobs`, per prompt if a list of (K,) lists. They are read from the device together.
-
-    `micro_batch_tokens` are those of a pass with gradient: a CPU, which wants large products, takes
-    `WITHOUT_GRADIENT` times as many here. The numbers are the same.
+    `micro_batch_tokens` are those of a pass with gradient.
     """
     result: list = [None] * len(prompts)
     sums = []
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False)
-    tokens = micro_batch_tokens * (WITHOUT_GRADIENT if torch.device(device).type == "cpu" else 1)
+    tokens = tokens_without_gradient(micro_batch_tokens, device)
     parts = shares(prompts, completions, tokens)[distributed.rank()]
     for part in parts:
         batch = collate([prompts[i] for i in part], [completions[i] for i in part], device)

@@ -311,12 +311,15 @@ def train_step(exp: Experiment, optimiser, batch: list[Pair], step: int, learnin
     temperature = 1.0 if args.offline else args.temperature
     prompts, completions = [p.prompt for p in batch], [p.completions for p in batch]
     means = common.Means(len(batch))
+    with run.phase("reference"):
+        of_reference = common.token_logprobs(
+            reference, prompts, completions, temperature, exp.device, args.micro_batch_tokens
+        )
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         pairs = [batch[i] for i in part]
         data = common.collate([p.prompt for p in pairs], [p.completions for p in pairs], exp.device)
         label = common.upload(torch.tensor([p.label for p in pairs]), exp.device)  # (G,)
-        with torch.no_grad(), run.phase("reference"):
-            reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, 2, T)
+        reference_logprobs = common.pad_logprobs([of_reference[i] for i in part], data)  # (G, 2, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, 2, T)
         lengths = data.mask.sum(-1)  # (G, 2)
         scale = 1 / lengths if args.length_normalize else torch.ones_like(lengths)

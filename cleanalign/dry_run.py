@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from cleanalign import distributed, models, optimization, synthetic
+from cleanalign import distributed, models, optimization, packed, synthetic
 from cleanalign.errors import UserError, require
 from cleanalign.storage import write_json
 
@@ -136,12 +136,14 @@ EVALUATION_READING = "the same in the evaluation (about)"
 EXCHANGE = "gradients on their way to their owners"
 ACTIVATIONS = "activations of one micro-batch (about)"
 EVALUATED = "key-value caches of the evaluation's replies"
+PACKED = "policy's weights once more, rearranged for few rows"
+EVALUATION_PACKED = "the same for the evaluation"
 ESTIMATES = (READING, EVALUATION_READING, ACTIVATIONS)
 # what is there in one phase only; the rest is held all the time, but in the evaluation there is no optimiser
 TRANSIENT = {
-    "sampling": (CACHES, READING),
+    "sampling": (CACHES, PACKED, READING),
     "training": (EXCHANGE, ACTIVATIONS),
-    "evaluation": (EVALUATED, EVALUATION_READING),
+    "evaluation": (EVALUATED, EVALUATION_PACKED, EVALUATION_READING),
 }
 
 
@@ -181,6 +183,8 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
     replies, mixed, evaluated = int(replies * share), int(mixed * share), min(rows, args.eval_prompts)
     cache = models.key_value_numbers(config) * longest * item
     caches = (replies + mixed) * cache, evaluated * cache
+    packs = packed.can_pack(device, models.resolve_dtype(args.dtype, device))
+    rearranged = packs * item * sum(i * o for i, o in linear_shapes(model))
     needs = {
         "policy's weights": weights * item,
         "LoRA adapter": adapter * item,
@@ -192,6 +196,8 @@ def foreseen(args, device: torch.device) -> dict[str, int]:
         EXCHANGE: 3 * greatest_trained(args, model) * item * (own < trained),
         CACHES: caches[0],
         EVALUATED: caches[1],
+        PACKED: rearranged * (replies <= packed.FEW),
+        EVALUATION_PACKED: rearranged * (evaluated <= packed.FEW),
         READING: reading_bytes(args, config, item, (replies // holds.replies, replies), caches[0]),
         EVALUATION_READING: reading_bytes(args, config, item, (evaluated, evaluated), caches[1]),
         ACTIVATIONS: training_bytes(args, config, item, device),

@@ -27,11 +27,11 @@ def packed(model, rows: int, products: int):
     Does nothing where torch cannot (`can_pack`), for products of more than `FEW` rows, or where fewer than
     `WORTH` are to come.
     """
-    layers = []
+    layers, weight = [], head(model)[0]
     try:
-        if rows <= FEW and products >= WORTH and can_pack(head(model)[0]):
+        if rows <= FEW and products >= WORTH and can_pack(weight.device, weight.dtype):
             for layer in backbone(model).modules():
-                if isinstance(layer, torch.nn.Linear) and can_pack(layer.weight):
+                if isinstance(layer, torch.nn.Linear) and layer.weight.dtype == weight.dtype:
                     layer.forward = product_with(layer.weight, layer.bias)
                     layers.append(layer)
         yield
@@ -40,10 +40,10 @@ def packed(model, rows: int, products: int):
             del layer.forward  # the class's own again
 
 
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether this torch has the product for this weight: bfloat16, on a CPU where oneDNN computes with it.
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has the product for such weights: bfloat16, on a CPU where oneDNN computes with it.
     The operators are those that torch.compile emits; torch has no public name for them."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.enabled:
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.enabled:
         return False
     names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     there = all(hasattr(torch.ops.mkldnn, name) for name in names)

@@ -296,3 +296,13 @@ def test_sequence_logprobs_do_not_depend_on_how_they_are_split(model, monkeypatc
     for measured in sums.values():
         for got, wanted in zip(measured, expected, strict=True):
             assert got == pytest.approx(wanted, abs=1e-5)
+
+
+def test_token_logprobs_are_those_of_any_batch(model):
+    rows = common.token_logprobs(model, PROMPTS, COMPLETIONS, 0.7, "cpu", 1000)
+    assert sorted(rows) == [0, 1, 2]
+    for part in ([1], [2, 0]):
+        batch = common.collate([PROMPTS[i] for i in part], [COMPLETIONS[i] for i in part], "cpu")
+        with torch.no_grad():
+            expected = common.completion_logprobs(model, batch, 0.7)
+        torch.testing.assert_close(common.pad_logprobs([rows[i] for i in part], batch), expected)
