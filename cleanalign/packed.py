@@ -16,7 +16,7 @@ import torch
 from cleanalign.models import backbone, head
 
 WORTH = 8  # products with one weight that pay for rearranging it
-FEW = 32  # rows; with more the product itself takes so long that the copy is not worth its memory
+FEW = 48  # rows; with more the product itself takes so long that the copy is not worth its memory
 
 
 @contextlib.contextmanager
