@@ -255,7 +255,9 @@ def sample(
     shape = (beta, unmixed, step, completions, longest, max_new_tokens, ends, temperature, top_p, decoding)
     decoder = decoders.get(kind, members, (completions - unmixed, completions), *shape)
     starts = range(0, len(order), step)
-    with packed(members[0], rows=step * completions, products=max_new_tokens * len(starts)):
+    # a captured step would keep weights that are rearranged for this call only
+    products = max_new_tokens * len(starts) if decoder.decoding == "eager" else 0
+    with packed(members[0], rows=step * completions, products=products):
         for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
             chunk = order[start : start + step]
             groups = decoder.decode([prompts[i] for i in chunk], uniforms[chunk])
