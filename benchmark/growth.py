@@ -14,6 +14,7 @@ no padding and no small kernel.
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -35,7 +36,7 @@ from cleanalign.models import (
     starting_model,
 )
 from cleanalign.optimization import make_optimiser
-from cleanalign.phases import keep_freed_memory, peak_memory
+from cleanalign.phases import give_back_freed_memory, keep_freed_memory, reset_peak_memory
 from experiment import Experiment, Run
 
 synthetic.CONFIGS["smollm2-360m"] = (  # the published config.json's sizes
@@ -54,6 +55,7 @@ SWEEPS = {  # what grows: (model, prompts, new tokens, states of the optimiser)
     "weights": [(m, PROMPTS, NEW_TOKENS, "bfloat16") for m in (MODEL, "smollm2-360m", "pythia-1b-tldr")],
 }
 MICRO_BATCH = 512  # tokens
+LONGEST_PROMPT = 63  # tokens
 LARGE = 4  # a step with so many times the least work is measured once
 
 
@@ -89,43 +91,56 @@ def reading_peak() -> float:
 
 
 def sweep(points: list[tuple], repeats: int, limits: dict) -> list[dict]:
-    """Each point's seconds by part, and its limit's; points of one model share it."""
-    rows, exp, built = [], None, None
+    """Each point's seconds by part, its limit's and its peak memory; points of one model share it."""
+    rows, exp, optimiser, built = [], None, None, None
     for model, prompts, new_tokens, states in points:
-        if built != (model, states):
-            exp = optimiser = None  # first: their memory is for the next ones
-            exp, optimiser, built = *build(model, states), (model, states)
-        exp.args = replace(exp.args, batch_size=prompts, max_new_tokens=new_tokens)
+        longest = LONGEST_PROMPT + 2 * new_tokens
+        attention = choose_attention("auto", torch.device("cpu"), longest)
+        if built != (model, states, attention):
+            if optimiser is not None:
+                exp = optimiser.release()  # first: their memory is for the next ones
+                gc.collect()
+                give_back_freed_memory()
+            exp, optimiser = build(model, states, attention)
+            built = (model, states, attention)
+        exp.args = replace(exp.args, batch_size=prompts)
         one_step(exp, optimiser, 8)  # warms up
-        exp.args = replace(exp.args, max_new_tokens=new_tokens)
+        reset_peak_memory()
+        exp.run.peak_memory_bytes = 0
         large = prompts * new_tokens >= LARGE * PROMPTS * NEW_TOKENS
         steps = [one_step(exp, optimiser, new_tokens) for _ in range(1 if large else repeats)]
         parts = {part: statistics.median(step[part] for step in steps) for part in steps[0]}
         row = {"model": model, "prompts": prompts, "new_tokens": new_tokens, "optimizer_states": states}
-        row |= {"weights": sum(p.numel() for p in exp.policy.parameters()), "seconds": parts}
-        row |= {"limit": limit(exp, states, limits), "peak_memory_bytes": peak_memory()}
+        row |= {"weights": sum(p.numel() for p in exp.policy.parameters()), "attention": attention}
+        row |= {"seconds": parts, "limit": limit(exp, states, limits)}
         row["times_the_limit"] = sum(parts.values()) / sum(row["limit"].values())
+        row["peak_memory_bytes"] = exp.run.peak_memory_bytes
         rows.append(row)
         print(row, flush=True)
+    if optimiser is not None:
+        optimiser.release()
     return rows
 
 
-def build(model: str, states: str) -> tuple[Experiment, object]:
+def build(model: str, states: str, attention: str) -> tuple[Experiment, object]:
     """What a step needs and no more: no data, tokenizer or judge; its run is a clock that writes nothing."""
     args = replace(ipo_md.RECIPES["smollm2-135m"], device="cpu", beta=0.0, micro_batch_tokens=MICRO_BATCH)
     device = resolve_device(args.device)
-    dtype, attention = resolve_dtype(args.dtype, device), choose_attention("auto", device, 256)
+    dtype = resolve_dtype(args.dtype, device)
     policy = synthetic.model(model, dtype, device, attention).eval().requires_grad_(True)
     exp = Experiment("ipo_md", args, device, dtype, attention, None, [-1], None, None)
     exp.policy, exp.reference = policy, starting_model(policy)
-    exp.decoders, exp.run = Decoders(longest=64), Run("growth", args, 1)
+    exp.decoders, exp.run = Decoders(longest=LONGEST_PROMPT), Run("growth", args, 1)
     return exp, make_optimiser(policy, states, 0.0)
 
 
 def prompts_of(exp: Experiment) -> list[list[int]]:
     """Random prompts, the same in every step."""
     draw = random.Random(0)
-    return [[draw.randrange(5, 40_000) for _ in range(30 + i % 34)] for i in range(exp.args.batch_size)]
+    return [
+        [draw.randrange(5, 40_000) for _ in range(30 + i % (LONGEST_PROMPT - 29))]
+        for i in range(exp.args.batch_size)
+    ]
 
 
 def one_step(exp: Experiment, optimiser, new_tokens: int) -> dict[str, float]:
