@@ -98,7 +98,8 @@ def sweep(points: list[tuple], repeats: int, limits: dict) -> list[dict]:
         attention = choose_attention("auto", torch.device("cpu"), longest)
         if built != (model, states, attention):
             if optimiser is not None:
-                exp = optimiser.release()  # first: their memory is for the next ones
+                optimiser.release()
+                exp = optimiser = None  # first: their memory is for the next ones
                 gc.collect()
                 give_back_freed_memory()
             exp, optimiser = build(model, states, attention)
@@ -158,7 +159,7 @@ def one_step(exp: Experiment, optimiser, new_tokens: int) -> dict[str, float]:
 def limit(exp: Experiment, states: str, limits: dict) -> dict[str, float]:
     """Seconds that operations and bytes alone would take, by part."""
     prompts, T, policy = prompts_of(exp), exp.args.max_new_tokens, exp.policy
-    G, rows, weights = len(prompts), 2 * len(prompts), sum(p.numel() for p in policy.parameters())
+    rows, weights = 2 * len(prompts), sum(p.numel() for p in policy.parameters())
     read, scored = sum(map(len, prompts)) + rows * (T - 1), rows * T
     config, item = policy.config, exp.dtype.itemsize
 
