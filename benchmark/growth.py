@@ -177,7 +177,6 @@ def limit(exp: Experiment, states: str, limits: dict) -> dict[str, float]:
     sampling += (T - 1) * seconds(token, weights * item + key_value_numbers(config) * places * item)
     # what AdamW reads and writes for a weight: gradient and its norm, moments, master, the rounded weight
     update = {"float32": 34, "bfloat16": 24}[states]
-    assert exp.args.batch_size == G
     return {
         "sampling": sampling,
         "reference": seconds(forward, weights * item),
