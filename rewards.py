@@ -206,7 +206,7 @@ def scorer(exp: StagedExperiment, sft_source, reward: Reward) -> Callable:
     attention is chosen for that."""
     args = exp.args
     longest = args.max_prompt_length + (args.max_n + 1) * args.max_new_tokens
-    attention = choose_attention(args.attention, exp.device, longest, gradient=False)
+    attention = choose_attention(args.attention, exp.device, longest)
     if reward.folder is None:
         return partial(log_ratios, exp, (exp.load(sft_source, attention), exp.load(args.model, attention)))
     model = load_reward_model(str(reward.folder), False, exp.dtype, exp.device, attention)

@@ -79,10 +79,9 @@ def upload(x: torch.Tensor, device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def choose_attention(attention: str, device: torch.device, longest: int, gradient: bool = True) -> str:
+def choose_attention(attention: str, device: torch.device, longest: int) -> str:
     """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows,
-    where it is faster, else sdpa; `flex` leaves out what siblings do not see of each other. Without
-    `gradient` eager's maps are not kept, and longer rows count as short.
+    where it is faster, else sdpa; `flex` leaves out what siblings do not see of each other.
 
     Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not
         see each other, are none. Raises `UserError` for flex without CUDA: torch trains with it there alone.
@@ -93,8 +92,7 @@ def choose_attention(attention: str, device: torch.device, longest: int, gradien
     )
     if attention != "auto":
         return attention
-    short = 256 if gradient else 512
-    return "eager" if device.type == "cpu" and longest <= short else "sdpa"
+    return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
 
 
 def _flex(module, query, key, value, attention_mask, **kwargs):
