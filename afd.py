@@ -571,12 +571,14 @@ def train_step(exp: StagedExperiment, optimiser, batch: list[Group], step: int, 
     args, run, policy, reference = exp.args, exp.run, exp.policy, exp.reference
     prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
     temperature, means = args.temperature, common.Means(len(batch))
+    of_reference = common.token_logprobs(
+        reference, prompts, completions, temperature, exp.device, args.micro_batch_tokens
+    )
     for part in optimiser.passes(common.shares(prompts, completions, args.micro_batch_tokens)):
         groups = [batch[i] for i in part]
         data = common.collate([g.prompt for g in groups], [g.completions for g in groups], exp.device)
         advantage = common.pad_rows([g.advantage for g in groups], 0.0, exp.device).flatten()  # (G*K,)
-        with torch.no_grad():
-            reference_logprobs = common.completion_logprobs(reference, data, temperature)  # (G, K, T)
+        reference_logprobs = common.pad_logprobs([of_reference[i] for i in part], data)  # (G, K, T)
         logprobs, entropy = common.completion_logprobs(policy, data, temperature, entropy=True)  # (G, K, T)
         # (G*K, T)
         policy_rows, reference_rows, mask = (

@@ -86,6 +86,7 @@ __all__ = [
     "shares",
     "starting_model",
     "token_logprobs",
+    "tokens_without_gradient",
     "turn_end",
     "upload",
 ]

@@ -114,7 +114,8 @@ def rewards_of(
     read = [[as_read(completion, exp.ends, hide) for completion in group] for group in groups]
     result: list = [None] * len(prompts)
     scores = []
-    parts = common.shares(prompts, read, 4 * exp.args.micro_batch_tokens)[distributed.rank()]
+    tokens = common.tokens_without_gradient(exp.args.micro_batch_tokens, exp.device)
+    parts = common.shares(prompts, read, tokens)[distributed.rank()]
     for part in tqdm(parts, desc=progress, leave=False, disable=progress is None):
         data = collate_read([prompts[i] for i in part], [read[i] for i in part], exp.device)
         scores.append(reward_scores(model, data))  # (g, M)

@@ -5,11 +5,12 @@ by phase, and their ratio; and how many of its steps have the very same metrics.
     python benchmark/before_after.py 71232f4 HEAD --flags="--max-steps 6 --eval-prompts 16"
 
 Each commit gets a git worktree of its own in a scratch folder, removed at the end. Writes
-benchmark/results/before_after.json.
+benchmark/results/before_after_SCRIPT.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -27,7 +28,7 @@ def main(
     after: tyro.conf.Positional[str],
     script: str = "selm.py",
     flags: str = "",
-    out: str = str(record.RESULTS / "before_after.json"),
+    out: str = "",
 ) -> None:
     """Run both and write the ratios.
 
@@ -36,27 +37,18 @@ def main(
         after: commit that should be faster.
         script: which script to run.
         flags: its flags in one string, given as --flags="…".
-        out: JSON file to write.
+        out: JSON file to write; empty is benchmark/results/before_after_SCRIPT.json.
     """
-    worktree = ["git", "-C", str(record.ROOT), "worktree"]
-    with tempfile.TemporaryDirectory(prefix="before_after-") as scratch:
-        trees = {}
-        try:
-            for side, commit in (("before", before), ("after", after)):
-                trees[side] = Path(scratch) / side
-                subprocess.run([*worktree, "add", "--detach", "-q", str(trees[side]), commit], check=True)
-            result = {side: one_run(tree, script, flags, Path(scratch)) for side, tree in trees.items()}
-            before_rows, after_rows = (metrics(Path(scratch) / f"run-{side}") for side in trees)
-        finally:
-            for tree in trees.values():
-                subprocess.run([*worktree, "remove", "--force", str(tree)], check=False)
+    with worktrees(before, after) as (scratch, trees):
+        result = {side: one_run(tree, script, flags, scratch) for side, tree in trees.items()}
+        before_rows, after_rows = (metrics(scratch / f"run-{side}") for side in trees)
     ratio = {"wall_seconds": result["before"]["wall_seconds"] / result["after"]["wall_seconds"]}
     for name, seconds in grouped(result["before"]["phase_seconds"]).items():
         ratio[name] = seconds / grouped(result["after"]["phase_seconds"])[name]
     same = sum(a == b for a, b in zip(before_rows, after_rows, strict=True))
     result = {"command": record.command(), **result, "times_as_fast": ratio}
     result["logged_rows"] = {"all": len(before_rows), "same_metrics": same}
-    record.write(out, result)
+    record.write(out or record.RESULTS / f"before_after_{Path(script).stem}.json", result)
     for side in ("before", "after"):
         run = result[side]
         rates = {name.split("/")[1]: rate for name, rate in run["tokens_per_second"].items()}
@@ -67,6 +59,21 @@ def main(
         )
     print(f"{same} of {len(before_rows)} logged rows have the very same metrics")
     print("times as fast: " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
+
+
+@contextlib.contextmanager
+def worktrees(before: str, after: str):
+    """Context with a scratch folder and, in it, the working trees {"before": …, "after": …} of two commits."""
+    worktree = ["git", "-C", str(record.ROOT), "worktree"]
+    with tempfile.TemporaryDirectory(prefix="before_after-") as scratch:
+        trees = {side: Path(scratch) / side for side in ("before", "after")}
+        try:
+            for tree, commit in zip(trees.values(), (before, after), strict=True):
+                subprocess.run([*worktree, "add", "--detach", "-q", str(tree), commit], check=True)
+            yield Path(scratch), trees
+        finally:
+            for tree in trees.values():
+                subprocess.run([*worktree, "remove", "--force", str(tree)], check=False)
 
 
 def listed(figures: dict[str, float]) -> str:

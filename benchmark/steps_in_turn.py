@@ -1,7 +1,7 @@
 """Steps of the default run at two commits, in turn: what a machine whose speed wanders says of which is
 faster. Seconds of a step by phase, medians and their ratio.
 
-    python benchmark/steps_in_turn.py b065aee HEAD ipo_md    # ipo_md or nash_md; two minutes on two cores
+    python benchmark/steps_in_turn.py --before b065aee --after HEAD --script ipo_md    # three minutes on two cores
 
 Each commit gets a git worktree and a process, which loads once and then does the run's steps one by one:
 sampling, judging, log-probs, backward, update. Writes benchmark/results/steps_in_turn_SCRIPT.json.
@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -34,29 +33,25 @@ def main(
         steps: of each side; two more warm up.
         out: JSON file to write; empty is the one named above.
     """
-    import record
+    import record  # here: it puts this checkout first on the path, and a worker's code is its own tree's
+    from before_after import worktrees
 
-    worktree = ["git", "-C", str(record.ROOT), "worktree"]
-    with tempfile.TemporaryDirectory(prefix="steps_in_turn-") as scratch:
-        trees = {side: Path(scratch) / side for side in ("before", "after")}
-        processes, rows, commits = {}, {side: [] for side in trees}, {}
+    processes, rows, commits = {}, {"before": [], "after": []}, {}
+    with worktrees(before, after) as (scratch, trees):
         try:
-            for (side, tree), commit in zip(trees.items(), (before, after), strict=True):
-                subprocess.run([*worktree, "add", "--detach", "-q", str(tree), commit], check=True)
+            for side, tree in trees.items():
                 head = ["git", "-C", str(tree), "rev-parse", "HEAD"]
-                commits[side] = subprocess.run(
-                    head, capture_output=True, text=True, check=True
-                ).stdout.strip()
-                processes[side] = start(tree, script)
+                commits[side] = subprocess.check_output(head, text=True).strip()
+                processes[side] = start(tree, script, scratch / f"{side}.log")
             for step in range(1, 3 + steps):
                 for side, process in processes.items():
                     rows[side].append(ask(process, step))
                     print(step, side, rows[side][-1], flush=True)
+        except json.JSONDecodeError:
+            sys.exit(f"a worker ended:\n{(scratch / f'{side}.log').read_text()[-2000:]}")
         finally:
             for process in processes.values():
                 process.kill()
-            for tree in trees.values():
-                subprocess.run([*worktree, "remove", "--force", str(tree)], check=False)
     medians = {side: median_of(answers[2:]) for side, answers in rows.items()}
     seconds = {side: phases["seconds"] for side, phases in medians.items()}
     ratio = {name: medians["before"][name] / medians["after"][name] for name in seconds_of(medians["after"])}
@@ -80,11 +75,12 @@ def median_of(answers: list[dict]) -> dict[str, float]:
     return {name: statistics.median(answer[name] for answer in answers) for name in names}
 
 
-def start(tree: Path, script: str) -> subprocess.Popen:
-    """A process of `tree`'s code that does a step for each line it reads."""
+def start(tree: Path, script: str, log: Path) -> subprocess.Popen:
+    """A process of `tree`'s code that does a step for each line it reads; what it prints goes to `log`."""
     command = [sys.executable, __file__, "--serve", script]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    process = subprocess.Popen(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, **pipes)
+    env, pipes = {**os.environ, "PYTHONPATH": str(tree)}, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, cwd=tree, env=env, stderr=errors, text=True, **pipes)
     json.loads(process.stdout.readline())
     return process
 

@@ -99,7 +99,7 @@ def measure(exp: Experiment, start, judges: dict[str, Callable], step: int) -> N
         texts = [group[0] for group in exp.texts(replies)]
         of_policy, of_start = (
             common.sequence_logprobs(
-                model, prompts, replies, args.temperature, exp.device, 4 * args.micro_batch_tokens
+                model, prompts, replies, args.temperature, exp.device, args.micro_batch_tokens
             )
             for model in (exp.policy, start)
         )
