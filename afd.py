@@ -204,7 +204,7 @@ class Args(RunArgs):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 never clips."""
-    micro_batch_tokens: int = 256
+    micro_batch_tokens: int = 384
     """Tokens, padding included, in one forward and backward pass; the gradient is summed over passes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more compute for far less memory."""

@@ -352,14 +352,15 @@ def completion_hidden(model, batch: Batch) -> torch.Tensor:
     """Last hidden states (G, K, T, D): at t, of the position that predicts token t, which has seen the prompt
     and the tokens before t."""
     transformer = backbone(model)
+    K, T = batch.source.shape
     with adapter_switch(model), checkpointing(model):
         out = transformer(
             input_ids=batch.input_ids,
-            attention_mask=attention_mask(transformer, batch.allowed),
+            attention_mask=attention_mask(transformer, batch.allowed, (K, T - 1)),
             position_ids=batch.position_ids,
             use_cache=False,
         )
-    return out.last_hidden_state[:, batch.source.flatten()].unflatten(1, batch.source.shape)
+    return out.last_hidden_state[:, batch.source.flatten()].unflatten(1, (K, T))
 
 
 def completion_logprobs(model, batch: Batch, temperature: float | torch.Tensor = 1.0, entropy: bool = False):

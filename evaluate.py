@@ -118,7 +118,7 @@ class Args:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the models; auto is bfloat16 where the hardware is fast at it."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention backend; auto is sdpa, or eager for short sequences on a CPU, where it is faster."""
+    """Attention backend; auto is sdpa, or eager for short rows on a CPU, where it is faster."""
     decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
     """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as
     graphs; auto is graphs on CUDA."""

@@ -257,6 +257,9 @@ def training_bytes(args, config, item: int, device: torch.device) -> int:
     scored, rows = tokens * replies // longest, models.chunk_rows(V, device)
     gradient = item if scored <= rows else 4 + 2 * item  # several chunks are summed in float32
     scoring = 8 * V * min(scored, rows) + gradient * V * D * (args.lora_rank == 0)
+    if attention == "blocks":  # its maps, a layer's at a time
+        row = dict(prompt=args.max_prompt_length, reply=args.max_new_tokens, replies=args.holds().completions)
+        whole += tokens // longest * map_bytes(config, item, **row)
     if args.gradient_checkpointing:
         layers = config.num_hidden_layers
         return tokens * layers * item * D + max(whole // layers, scoring)
@@ -270,16 +273,27 @@ def activation_bytes(config, item: int, checkpointing: bool, attention: str = "s
     normalised, scaled), the queries, keys and values as attention takes them (heads repeated, but by flex),
     attention's output twice, and four numbers for each unit of the inner layer. Eager attention keeps its
     output once more and its maps over `row` tokens, in float32 and, where that is another precision, as they
-    multiply the values. With checkpointing a layer keeps its input only, and one layer at a time all of it.
+    multiply the values. By blocks it keeps its output once. With checkpointing a layer keeps its input only,
+    and one layer at a time all of it.
     """
     D, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)
-    if attention == "flex":
+    if attention in ("blocks", "flex"):
         own = getattr(config, "num_key_value_heads", None) or heads
         one -= 2 * item * D * (heads - own) // heads
+    if attention == "blocks":
+        one -= item * D
     if attention == "eager":
         one += item * D + (4 + item * (item < 4)) * heads * row
     return layers * item * D + one if checkpointing else layers * one
+
+
+def map_bytes(config, item: int, prompt: int, reply: int, replies: int) -> int:
+    """About how many bytes more a layer's attention maps, by blocks, take in the backward pass than what it has
+    let go by then, of a row of a prompt and its replies: the weights in float32 and as they multiply, and a
+    gradient."""
+    seen = prompt**2 + replies * reply * (prompt + reply)
+    return (4 + 2 * item) * config.num_attention_heads * seen
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -15,8 +15,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import math
 import signal
 import threading
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 
 from cleanalign import distributed, synthetic
 from cleanalign.embedded import EMBEDDED_MODEL, embedded_model_folder
@@ -80,8 +84,9 @@ def upload(x: torch.Tensor, device) -> torch.Tensor:
 
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
-    """The attention backend for rows of up to `longest` tokens: `auto` is eager on a CPU for short rows,
-    where it is faster, else sdpa; `flex` leaves out what siblings do not see of each other.
+    """The attention backend for rows of up to `longest` tokens: `auto` is on a CPU eager for short rows, where
+    it is fastest, and `blocks` for longer ones, elsewhere sdpa. `blocks` and `flex` leave out what siblings do
+    not see of each other.
 
     Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not
         see each other, are none. Raises `UserError` for flex without CUDA: torch trains with it there alone.
@@ -92,7 +97,9 @@ def choose_attention(attention: str, device: torch.device, longest: int) -> str:
     )
     if attention != "auto":
         return attention
-    return "eager" if device.type == "cpu" and longest <= 256 else "sdpa"
+    if device.type != "cpu":
+        return "sdpa"
+    return "eager" if longest <= 256 else "blocks"
 
 
 def _flex(module, query, key, value, attention_mask, **kwargs):
@@ -102,19 +109,90 @@ def _flex(module, query, key, value, attention_mask, **kwargs):
     return transformers.AttentionInterface()[way](module, query, key, value, attention_mask, **kwargs)
 
 
-transformers.AttentionInterface.register("flex", _flex)
-transformers.AttentionMaskInterface.register("flex", transformers.AttentionMaskInterface()["sdpa"])
+@dataclass
+class Siblings:
+    """The two parts of the mask of G rows, each a prompt of P places and K replies of T beside each other:
+    numbers added to scores."""
+
+    prompt: torch.Tensor  # (G, 1, P, P)
+    reply: torch.Tensor  # (G·K, 1, T, P + T), of the prompt's and of its own places
 
 
-def attention_mask(transformer, allowed: torch.Tensor) -> torch.Tensor | BlockMask:
-    """What `transformer` takes for `allowed`, (G, L, L) bool, which positions a position attends to: numbers
-    added to its scores, (G, 1, L, L); or for flex the blocks of 128 × 128 positions that are not empty, and
-    which of them are full."""
+def _blocks(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """Attention by two dense blocks where the mask knows of siblings (`attention_mask`), sdpa elsewhere: a
+    prompt attends to itself, a reply to its prompt and itself. query (G, H, L, D), key and value (G, H_kv, L,
+    D); returns (G, L, H, D).
+
+    The maps of a layer are made anew for its backward pass, so that one layer's are held at a time.
+    """
+    siblings = getattr(attention_mask, "siblings", None)
+    if siblings is None:
+        others = dict(scaling=scaling, softcap=softcap, **kwargs)
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **others)
+    settings = dict(scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
+    attend = partial(attend_by_blocks, siblings=siblings, **settings)
+    if not torch.is_grad_enabled():
+        return attend(query, key, value), None
+    return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False), None
+
+
+def attend_by_blocks(query, key, value, siblings: Siblings, scale: float, softcap: float | None):
+    """`_blocks` under its mask."""
+    G, H, _, D = query.shape
+    P, T = siblings.prompt.shape[-1], siblings.reply.shape[-2]
+    K = len(siblings.reply) // G
+
+    def replies(x):  # (G, h, L, D) to (G·K, h, T, D)
+        return x[:, :, P:].unflatten(2, (K, T)).transpose(1, 2).flatten(0, 1)
+
+    def seen(x):  # (G, h, L, D) to (G·K, h, P + T, D)
+        prompt = x[:, None, :, :P].expand(G, K, x.shape[1], P, D).flatten(0, 1)
+        return torch.cat([prompt, replies(x)], 2)
+
+    prompts = (x[:, :, :P] for x in (query, key, value))
+    of_prompts = attend_densely(*prompts, siblings.prompt, scale, softcap)  # (G, H, P, D)
+    of_replies = attend_densely(replies(query), seen(key), seen(value), siblings.reply, scale, softcap)
+    of_replies = of_replies.view(G, K, H, T, D).permute(0, 1, 3, 2, 4).reshape(G, K * T, H, D)
+    return torch.cat([of_prompts.transpose(1, 2), of_replies], 1)
+
+
+def attend_densely(query, key, value, mask, scale: float, softcap: float | None) -> torch.Tensor:
+    """Attention of (B, H, n, D) queries to (B, H_kv, m, D) keys and values, `mask` (B, 1, n, m) added to the
+    scores; (B, H, n, D). The query heads that share a key head are its queries."""
+    (B, H, n, D), (_, H_kv, m, _) = query.shape, key.shape
+    scores = query.reshape(B, H_kv, H // H_kv * n, D) @ key.transpose(2, 3) * scale  # (B, H_kv, …, m)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(B, H_kv, H // H_kv, n, m) + mask[:, None]
+    weights = F.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    return (weights.flatten(2, 3) @ value).view(B, H, n, D)
+
+
+for name, function in {"flex": _flex, "blocks": _blocks}.items():
+    transformers.AttentionInterface.register(name, function)
+    transformers.AttentionMaskInterface.register(name, transformers.AttentionMaskInterface()["sdpa"])
+
+
+def attention_mask(transformer, allowed: torch.Tensor, replies: tuple[int, int]) -> torch.Tensor | BlockMask:
+    """What `transformer` takes for `allowed`, (G, L, L) bool, which positions a position attends to, in rows of a
+    prompt and `replies` = (K, T), K replies of T places: numbers added to its scores, (G, 1, L, L), for blocks
+    with its two parts beside it (`siblings`); or for flex the blocks of 128 × 128 positions that are not
+    empty, and which of them are full."""
+    G, L, _ = allowed.shape
     if transformer.config._attn_implementation == "flex":
-        G, L, _ = allowed.shape
         return create_block_mask(lambda g, head, q, k: allowed[g, q, k], G, None, L, L, allowed.device)
     additive = torch.zeros(allowed.shape, dtype=transformer.dtype, device=allowed.device)
     additive.masked_fill_(~allowed, -1e30)  # not −inf: a padding position may see nothing at all
+    if transformer.config._attn_implementation == "blocks":
+        (K, T), P = replies, L - math.prod(replies)
+        of_prompt = additive[:, P:, :P].unflatten(1, (K, T))  # (G, K, T, P)
+        own = (
+            additive[:, P:, P:].unflatten(2, (K, T)).unflatten(1, (K, T)).diagonal(dim1=1, dim2=3)
+        )  # (G, T, T, K)
+        reply = torch.cat([of_prompt, own.permute(0, 3, 1, 2)], -1).flatten(0, 1)
+        mask = additive[:, None]
+        mask.siblings = Siblings(additive[:, None, :P, :P], reply[:, None])
+        return mask
     return additive[:, None]
 
 

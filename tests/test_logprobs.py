@@ -7,10 +7,18 @@ import blocks
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 import common
 from cleanalign.errors import UserError
-from cleanalign.models import attention_mask, backbone, checkpointing, choose_attention, make_trainable
+from cleanalign.models import (
+    attend_densely,
+    attention_mask,
+    backbone,
+    checkpointing,
+    choose_attention,
+    make_trainable,
+)
 
 V, END = 24, 3
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
@@ -33,7 +41,7 @@ def model():
     return tiny.model(V, seed=1).double()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blocks"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_against_plain_float64(model, attention, temperature):
     model.set_attn_implementation(attention)
@@ -87,23 +95,73 @@ def test_flex_is_sdpa(monkeypatch, kernel):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("replies", ["long", "of one token"])
+def test_blocks_are_eager(replies, checkpointed):
+    """Log-probs and gradients by two blocks are those of whole rows, to rounding, in a model whose query heads
+    share keys."""
+    prompts, completions = long_rows()
+    if replies == "of one token":  # nothing is fed after a prompt
+        completions = [[[4], [5]] for _ in prompts]
+    model = tiny.model(V, seed=1).double()
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    batch, results = common.collate(prompts, completions, "cpu"), {}
+    for attention in ("eager", "blocks"):
+        policy = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=checkpointed)
+        policy.set_attn_implementation(attention)
+        logprobs = common.completion_logprobs(policy, batch, 0.7)
+        (logprobs * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
+        results[attention] = [logprobs, *(weight.grad for weight in policy.parameters())]
+    for ours, theirs in zip(results["blocks"], results["eager"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_blocks_never_hold_what_siblings_do_not_see(monkeypatch):
+    """No scores between a reply and its sibling are computed; scores are capped where a model caps them."""
+    shapes, whole = [], torch.nn.functional.softmax
+    monkeypatch.setattr(F, "softmax", lambda x, *a, **k: shapes.append(tuple(x.shape)) or whole(x, *a, **k))
+    model = tiny.model(V, seed=1)
+    model.set_attn_implementation("blocks")
+    batch = common.collate([[5] * 32], [[[6] * 9] * 5], "cpu")
+    common.completion_logprobs(model, batch)
+    assert {shape[-2:] for shape in shapes} == {(32, 32), (8, 40)}
+    query, key, value = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    scores = 0.5 * torch.tanh(query @ key.transpose(2, 3) / 0.5)
+    capped = attend_densely(query, key, value, torch.zeros(1, 1, 3, 3), 1.0, softcap=0.5)
+    torch.testing.assert_close(capped, scores.softmax(-1) @ value)
+
+
+def test_attention_is_chosen_for_the_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_attention("auto", cpu, n) for n in (256, 257)] == ["eager", "blocks"]
+    assert choose_attention("auto", gpu, 4096) == "sdpa" and choose_attention("sdpa", cpu, 9) == "sdpa"
+
+
 def test_flex_visits_the_blocks_that_are_needed():
     """Every position that is allowed and no other; of 512 prompt and 2 × 1,024 reply tokens 146 of 400 blocks."""
     policy = tiny.model(V)
     policy.set_attn_implementation("flex")
     batch = common.collate(*long_rows(), "cpu")
-    assert torch.equal(blocks.visible(attention_mask(backbone(policy), batch.allowed))[:, 0], batch.allowed)
+    sizes = batch.mask.shape[1], batch.mask.shape[2] - 1
+    assert torch.equal(
+        blocks.visible(attention_mask(backbone(policy), batch.allowed, sizes))[:, 0], batch.allowed
+    )
     batch = common.collate([[5] * 512], [[[6] * 1025, [7] * 1025]], "cpu")
-    mask = attention_mask(backbone(policy), batch.allowed)
+    mask = attention_mask(backbone(policy), batch.allowed, (2, 1024))
     assert (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() == 146 and mask.kv_indices.numel() == 400
 
 
-def test_flex_samples_by_sdpa_and_needs_cuda(model):
-    """Prompts are read under no mask of blocks; torch trains by FlexAttention on CUDA alone."""
+@pytest.mark.parametrize("attention", ["flex", "blocks"])
+def test_prompts_are_read_by_sdpa(model, attention):
+    """Under no mask of blocks."""
     expected = common.sample(model, PROMPTS, [END], max_new_tokens=6, seed=1)
-    flex = copy.deepcopy(model)
-    flex.set_attn_implementation("flex")
-    assert common.sample(flex, PROMPTS, [END], max_new_tokens=6, seed=1) == expected
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(attention)
+    assert common.sample(other, PROMPTS, [END], max_new_tokens=6, seed=1) == expected
+
+
+def test_flex_needs_cuda():
+    """torch trains by FlexAttention there alone."""
     assert choose_attention("flex", torch.device("cuda"), 4096) == "flex"
     with pytest.raises(UserError, match="--attention flex needs a CUDA device"):
         choose_attention("flex", torch.device("cpu"), 4096)

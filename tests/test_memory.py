@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 import weighed
 from torch.utils._python_dispatch import _disable_current_modes
 from weighed import GIB
@@ -105,3 +106,34 @@ def test_the_optimiser_of_stages_is_counted(card):
     frozen = choose_sample_rows(0, [model, model], longest, 16)
     model.requires_grad_(True)
     assert choose_sample_rows(0, [model, model], longest, 16) < frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("attention", ["sdpa", "blocks"])
+def test_long_rows_hold_what_is_foreseen(monkeypatch, attention, dtype):
+    """One row of two long replies: activations, and by blocks a layer's maps."""
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
+    P, T = 256, 128
+    with weighed.weighing() as scales:
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config).to(dtype)
+        scales.put(*model.parameters(), *model.buffers())
+        make_trainable(model.eval(), 0, 0, False)
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        batch = common.collate([[5] * P], [[[6] * (T + 1)] * 2], "meta")
+        before = scales.start()
+        common.completion_logprobs(model, batch).sum().backward()
+        held = scales.peak - before
+    foreseen = (P + 2 * T) * dry_run.activation_bytes(config, dtype.itemsize, False, attention)
+    if attention == "blocks":
+        foreseen += dry_run.map_bytes(config, dtype.itemsize, P, T, 2)
+    assert foreseen == pytest.approx(held, rel=0.15)
