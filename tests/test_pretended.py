@@ -55,7 +55,7 @@ CASES = {  # every script, and every option that computes something else
     "nash": (nash_md, ["--max-new-tokens=36", "--sample-rows=12"]),
     "nash lora": (nash_md, LORA),
     "nash ema": (nash_md, ["--opponent=ema", "--ema-decay=.5"]),
-    "nash self": (nash_md, ["--opponent=self", "--baseline=half"]),
+    "nash self": (nash_md, ["--opponent=self", "--baseline=half", "--attention=blocks"]),
     "nash reference": (nash_md, ["--opponent=reference", "--baseline=leave-one-out"]),
     "nash rlhf": (nash_md, ["--objective=rlhf", GOODNESS]),
     "afd forward": (afd, [*AFD, "--objective=forward-kl"]),
