@@ -22,11 +22,13 @@ from cleanalign import distributed
 from cleanalign.data import bare
 from cleanalign.errors import require
 from cleanalign.models import (
+    LOADED_WITH,
     base_model,
     choose_attention,
     hub_errors,
     make_trainable,
     model_source,
+    set_attention,
     without_dropout,
 )
 from experiment import Example, Split, Stage, StagedExperiment, train_stage
@@ -47,10 +49,15 @@ def load_reward_model(source: str, fresh: bool, dtype, device, attention: str):
         transformers.logging.set_verbosity_error()  # no report that the new head is not in the checkpoint
         try:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, trust_remote_code=False, config=config, dtype=dtype, attn_implementation=attention
+                folder,
+                trust_remote_code=False,
+                config=config,
+                dtype=dtype,
+                attn_implementation=LOADED_WITH.get(attention, attention),
             )
         finally:
             transformers.logging.set_verbosity(level)
+    set_attention(model, attention)
     model.score.float()
     if fresh:
         torch.nn.init.zeros_(model.score.weight)

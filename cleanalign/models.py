@@ -173,6 +173,16 @@ for name, function in {"flex": _flex, "blocks": _blocks}.items():
     transformers.AttentionMaskInterface.register(name, transformers.AttentionMaskInterface()["sdpa"])
 
 
+LOADED_WITH = {"blocks": "sdpa"}  # the backend that a model is loaded with, where it is another one
+
+
+def set_attention(model, attention: str) -> None:
+    """Let `model`, loaded with `LOADED_WITH`, attend by `attention`. An architecture that takes no backend of
+    others (GPT-J, Falcon) keeps what it was loaded with; the numbers are the same to rounding."""
+    if attention in LOADED_WITH and model._supports_attention_backend:
+        model.set_attn_implementation(attention)
+
+
 def attention_mask(transformer, allowed: torch.Tensor, replies: tuple[int, int]) -> torch.Tensor | BlockMask:
     """What `transformer` takes for `allowed`, (G, L, L) bool, which positions a position attends to, in rows of a
     prompt and `replies` = (K, T), K replies of T places: numbers added to its scores, (G, 1, L, L), for blocks
@@ -186,9 +196,7 @@ def attention_mask(transformer, allowed: torch.Tensor, replies: tuple[int, int])
     if transformer.config._attn_implementation == "blocks":
         (K, T), P = replies, L - math.prod(replies)
         of_prompt = additive[:, P:, :P].unflatten(1, (K, T))  # (G, K, T, P)
-        own = (
-            additive[:, P:, P:].unflatten(2, (K, T)).unflatten(1, (K, T)).diagonal(dim1=1, dim2=3)
-        )  # (G, T, T, K)
+        own = additive[:, P:, P:].reshape(G, K, T, K, T).diagonal(dim1=1, dim2=3)  # (G, T, T, K)
         reply = torch.cat([of_prompt, own.permute(0, 3, 1, 2)], -1).flatten(0, 1)
         mask = additive[:, None]
         mask.siblings = Siblings(additive[:, None, :P, :P], reply[:, None])
@@ -297,16 +305,20 @@ def load_model(
     `attention` is a transformers backend, from `choose_attention`. Raises `UserError` if it cannot be loaded,
     or if its logits are not what `completion_logprobs` computes from its hidden states.
     """
+    loaded_with = LOADED_WITH.get(attention, attention)
     if name.startswith(synthetic.PREFIX):
-        model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, attention)
+        model = synthetic.model(name.removeprefix(synthetic.PREFIX), dtype, device, loaded_with)
     else:
         source = model_source(name)
         with hub_errors("--model", name):
             config = without_dropout(source)
-            settings = dict(config=config, dtype=dtype, attn_implementation=attention, **straight_to(device))
+            settings = dict(
+                config=config, dtype=dtype, attn_implementation=loaded_with, **straight_to(device)
+            )
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source, trust_remote_code=False, **settings
             )
+    set_attention(model, attention)
     model.to(device).eval().requires_grad_(False)
     with torch.no_grad():  # a family with another head (scaled or capped logits) must not pass silently
         ids = torch.arange(4, device=device)[None] + 5
