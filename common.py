@@ -406,7 +406,7 @@ class _TokenLogprobs(torch.autograd.Function):
         N = hidden.shape[0]
         logprobs, normalizers = (torch.empty(N, device=hidden.device) for _ in range(2))
         entropies = torch.zeros(N, device=hidden.device)
-        for rows in _chunks(N, weight):
+        for rows in _chunks(N, weight, gradient=False):
             logits = head_logits(hidden[rows], weight, bias, softcap).float()  # (n, V)
             if temperature is not None:
                 logits.div_(temperature[rows])
@@ -427,7 +427,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, temperature, normalizers = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = grad_bias = None
-        for rows in _chunks(len(hidden), weight):
+        for rows in _chunks(len(hidden), weight, gradient=True):
             logits = head_logits(hidden[rows], weight, bias, ctx.softcap).float()  # (n, V)
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft cap
             scale = grad[rows, None]
@@ -456,8 +456,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _chunks(N: int, weight: torch.Tensor) -> Iterator[slice]:
-    size = chunk_rows(weight.shape[0], weight.device)
+def _chunks(N: int, weight: torch.Tensor, gradient: bool) -> Iterator[slice]:
+    size = chunk_rows(weight.shape[0], weight.device, gradient)
     return (slice(start, min(start + size, N)) for start in range(0, N, size))
 
 

@@ -534,10 +534,13 @@ PREFILL_TOKENS = 2**14  # prompt tokens in one forward pass
 SAMPLING_SHARE = 0.85  # of the free memory; the rest is for the judge and for what the allocator wastes
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
+def chunk_rows(vocabulary: int, device: torch.device, gradient: bool = True) -> int:
     """Rows of a (rows, V) float32 chunk of logits, when log-probs are computed: 128 MB of them on a CPU, 512
-    MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better."""
-    return max(16, 2 ** (25 if device.type == "cpu" else 27) // vocabulary)
+    MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better. Where none is computed, as in the
+    forward pass, half of it on a CPU: larger blocks do not stay with the process (`keep_freed_memory`), and to
+    fault them in anew takes as long as the arithmetic."""
+    numbers = 2**27 if device.type != "cpu" else 2**25 if gradient else 2**24
+    return max(16, numbers // vocabulary)
 
 
 def require_full_attention(model, longest: int) -> None:
