@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from cleanalign import command_line
 from cleanalign.dry_run import matmul_peak
 from cleanalign.models import resolve_dtype
-from cleanalign.phases import Phases
+from cleanalign.phases import Phases, keep_freed_memory
 
 # operators whose FLOPs torch counts, and the one of rearranged weights, whose it does not
 COUNTED, PACKED = ("aten::mm", "aten::addmm", "aten::bmm"), "mkldnn::_linear_pointwise"
@@ -79,7 +79,10 @@ def main(script: tyro.conf.Positional[str], flags: str = "--max-steps 2 --eval-p
         script: selm, ipo_md, nash_md or afd.
         flags: its flags in one string, given as --flags="…".
     """
-    watched, phase = Watched(), Phases.phase
+    keep_freed_memory()  # before the first tensor, as a run does
+    device = torch.device("cpu")
+    dtype = resolve_dtype("auto", device)
+    watched, phase, peaks = Watched(), Phases.phase, [matmul_peak(device, dtype)]
 
     @contextlib.contextmanager
     def both(self, name):
@@ -91,8 +94,7 @@ def main(script: tyro.conf.Positional[str], flags: str = "--max-steps 2 --eval-p
     with tempfile.TemporaryDirectory() as folder:
         where = [f"--run-dir={folder}", "--run-name=profiled"]
         command_line.command_line(module.main, module.RECIPES, [*flags.split(), *where])
-    device = torch.device("cpu")
-    peak = matmul_peak(device, resolve_dtype("auto", device))
+    peak = max(*peaks, matmul_peak(device, dtype))  # before and after: a machine's speed wanders
     result = {**record.origin(), "script": script, "flags": flags, "peak_flops_per_second": round(peak)}
     result["phases"] = watched.report(peak)
     record.write(record.RESULTS / f"profile_{script}.json", result)
