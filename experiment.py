@@ -91,8 +91,9 @@ class RunArgs:
     """Precision of the computation; auto is bfloat16 where the hardware is fast at it. What the optimiser
     keeps: --optimizer-states."""
     attention: Literal["auto", "sdpa", "eager", "blocks", "flex"] = "auto"
-    """Attention backend; auto is sdpa, on a CPU eager, and blocks for rows of more than 256 tokens. blocks and
-    flex pass over what replies to one prompt do not see of each other; flex (FlexAttention) needs CUDA."""
+    """Attention backend; auto is sdpa, on a CPU eager, and blocks for rows of more than 256 tokens. blocks
+    and flex pass over what replies to one prompt do not see of each other; flex (FlexAttention) needs
+    CUDA."""
     decoding: Literal["auto", "eager", "graphs", "compiled"] = "auto"
     """How a token's kernels are launched: one by one, as CUDA graphs, or fused by torch.compile and then as
     graphs; auto is graphs on CUDA."""

@@ -289,9 +289,9 @@ def activation_bytes(config, item: int, checkpointing: bool, attention: str = "s
 
 
 def map_bytes(config, item: int, prompt: int, reply: int, replies: int) -> int:
-    """About how many bytes more a layer's attention maps, by blocks, take in the backward pass than what it has
-    let go by then, of a row of a prompt and its replies: the weights in float32 and as they multiply, and a
-    gradient."""
+    """About how many bytes more a layer's attention maps, by blocks, take in the backward pass than what it
+    has let go by then, of a row of a prompt and its replies: the weights in float32 and as they multiply, and
+    a gradient."""
     seen = prompt**2 + replies * reply * (prompt + reply)
     return (4 + 2 * item) * config.num_attention_heads * seen
 

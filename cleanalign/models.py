@@ -84,9 +84,9 @@ def upload(x: torch.Tensor, device) -> torch.Tensor:
 
 
 def choose_attention(attention: str, device: torch.device, longest: int) -> str:
-    """The attention backend for rows of up to `longest` tokens: `auto` is on a CPU eager for short rows, where
-    it is fastest, and `blocks` for longer ones, elsewhere sdpa. `blocks` and `flex` leave out what siblings do
-    not see of each other.
+    """The attention backend for rows of up to `longest` tokens: `auto` is on a CPU eager for short rows,
+    where it is fastest, and `blocks` for longer ones, elsewhere sdpa. `blocks` and `flex` leave out what
+    siblings do not see of each other.
 
     Flash attention is no choice: it takes causal masks only, and `collate`'s rows, in which siblings do not
         see each other, are none. Raises `UserError` for flex without CUDA: torch trains with it there alone.
@@ -184,10 +184,10 @@ def set_attention(model, attention: str) -> None:
 
 
 def attention_mask(transformer, allowed: torch.Tensor, replies: tuple[int, int]) -> torch.Tensor | BlockMask:
-    """What `transformer` takes for `allowed`, (G, L, L) bool, which positions a position attends to, in rows of a
-    prompt and `replies` = (K, T), K replies of T places: numbers added to its scores, (G, 1, L, L), for blocks
-    with its two parts beside it (`siblings`); or for flex the blocks of 128 × 128 positions that are not
-    empty, and which of them are full."""
+    """What `transformer` takes for `allowed`, (G, L, L) bool, which positions a position attends to, in rows
+    of a prompt and `replies` = (K, T), K replies of T places: numbers added to its scores, (G, 1, L, L), for
+    blocks with its two parts beside it (`siblings`); or for flex the blocks of 128 × 128 positions that are
+    not empty, and which of them are full."""
     G, L, _ = allowed.shape
     if transformer.config._attn_implementation == "flex":
         return create_block_mask(lambda g, head, q, k: allowed[g, q, k], G, None, L, L, allowed.device)
@@ -536,9 +536,9 @@ SAMPLING_SHARE = 0.85  # of the free memory; the rest is for the judge and for w
 
 def chunk_rows(vocabulary: int, device: torch.device, gradient: bool = True) -> int:
     """Rows of a (rows, V) float32 chunk of logits, when log-probs are computed: 128 MB of them on a CPU, 512
-    MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better. Where none is computed, as in the
-    forward pass, half of it on a CPU: larger blocks do not stay with the process (`keep_freed_memory`), and to
-    fault them in anew takes as long as the arithmetic."""
+    MB elsewhere. Each chunk rewrites the (V, D) gradient, so few are better. Where none is computed, as in
+    the forward pass, half of it on a CPU: larger blocks do not stay with the process (`keep_freed_memory`),
+    and to fault them in anew costs a fifth of scoring."""
     numbers = 2**27 if device.type != "cpu" else 2**25 if gradient else 2**24
     return max(16, numbers // vocabulary)
 
