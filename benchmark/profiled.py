@@ -1,7 +1,7 @@
 """Where a script's seconds go: its phases by operator, and the rate at which matrix products run, beside the
 best rate of this machine.
 
-    python benchmark/profiled.py ipo_md             # two steps of the default run; a minute on two cores
+    python benchmark/profiled.py ipo_md             # two steps of the default run; 2.5 minutes on two cores
     python benchmark/profiled.py afd --flags="--max-steps 2 --num-prompts 24 --eval-prompts 8 --max-n 16"
 
 The profiler itself takes time: shares are what to read. A first step, in which kernels are compiled, is in it.
@@ -30,7 +30,7 @@ COUNTED, PACKED = ("aten::mm", "aten::addmm", "aten::bmm"), "mkldnn::_linear_poi
 SHOWN = 12  # operators of a phase
 
 
-class Watched:
+class ByOperator:
     """By outermost phase: seconds of each operator, and FLOPs of the products."""
 
     def __init__(self):
@@ -82,7 +82,7 @@ def main(script: tyro.conf.Positional[str], flags: str = "--max-steps 2 --eval-p
     keep_freed_memory()  # before the first tensor, as a run does
     device = torch.device("cpu")
     dtype = resolve_dtype("auto", device)
-    watched, phase, peaks = Watched(), Phases.phase, [matmul_peak(device, dtype)]
+    watched, phase, peaks = ByOperator(), Phases.phase, [matmul_peak(device, dtype)]
 
     @contextlib.contextmanager
     def both(self, name):

@@ -270,11 +270,11 @@ def activation_bytes(config, item: int, checkpointing: bool, attention: str = "s
     """About how many bytes of activations a token leaves for the backward pass in a Llama-like model.
 
     A layer of width D and inner width I keeps, with `item` bytes a number: two normalisations (float32 copy,
-    normalised, scaled), the queries, keys and values as attention takes them (heads repeated, but by flex),
-    attention's output twice, and four numbers for each unit of the inner layer. Eager attention keeps its
-    output once more and its maps over `row` tokens, in float32 and, where that is another precision, as they
-    multiply the values. By blocks it keeps its output once. With checkpointing a layer keeps its input only,
-    and one layer at a time all of it.
+    normalised, scaled), the queries, keys and values as attention takes them (heads repeated, but by blocks
+    and flex), attention's output twice, by blocks once, and four numbers for each unit of the inner layer.
+    Eager attention keeps its output once more and its maps over `row` tokens, in float32 and, where that is
+    another precision, as they multiply the values. With checkpointing a layer keeps its input only, and one
+    layer at a time all of it.
     """
     D, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     one = 2 * (4 + 2 * item) * D + 5 * item * D + 4 * item * models.inner_width(config)

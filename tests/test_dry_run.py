@@ -166,15 +166,7 @@ def test_foreseen_is_what_is_held(lora_rank, states, exploration, monkeypatch):
 def test_activations_are_about_as_foreseen(monkeypatch, attention, dtype):
     """Bytes that autograd keeps for a Llama of ordinary proportions, against the estimate."""
     monkeypatch.setattr(blocks.KERNEL, blocks.attention)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=448,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        attn_implementation=attention,
-    )
+    config = tiny.ordinary_config(attention)
     batch = common.collate([[5] * 16], [[[6] * 17, [7] * 17]], "cpu")
     row = tokens = batch.input_ids.numel()
     model = make_trainable(transformers.LlamaForCausalLM(config).to(dtype), 0, 0, False)

@@ -75,6 +75,15 @@ def long_rows():
     return [tokens(n) for n in (140, 5, 130)], replies
 
 
+def logprobs_and_gradients(model, batch, attention, checkpointed) -> list[torch.Tensor]:
+    """Of a copy of `model` that attends by `attention`."""
+    policy = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=checkpointed)
+    policy.set_attn_implementation(attention)
+    logprobs = common.completion_logprobs(policy, batch, 0.7)
+    (logprobs * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
+    return [logprobs, *(weight.grad for weight in policy.parameters())]
+
+
 @pytest.mark.parametrize("kernel", ["by blocks", "torch's"])
 def test_flex_is_sdpa(monkeypatch, kernel):
     """Log-probs and gradients by FlexAttention are those under the dense mask, to rounding: with the blocks that
@@ -86,14 +95,9 @@ def test_flex_is_sdpa(monkeypatch, kernel):
         plain = torch.nn.attention.flex_attention.flex_attention
         monkeypatch.setattr(blocks.KERNEL, lambda *a, training, **named: plain(*a, **named))
     model = tiny.model(V, seed=1).double()
-    batch, results = common.collate(*long_rows(), "cpu"), {}
-    for attention in ("sdpa", "flex"):
-        policy = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=True)
-        policy.set_attn_implementation(attention)
-        logprobs = common.completion_logprobs(policy, batch, 0.7)
-        (logprobs * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
-        results[attention] = [logprobs, *(weight.grad for weight in policy.parameters())]
-    for ours, theirs in zip(results["flex"], results["sdpa"], strict=True):
+    batch = common.collate(*long_rows(), "cpu")
+    results = [logprobs_and_gradients(model, batch, attention, True) for attention in ("flex", "sdpa")]
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -107,14 +111,9 @@ def test_blocks_are_eager(replies, checkpointed):
         completions = [[[4], [5]] for _ in prompts]
     model = tiny.model(V, seed=1).double()
     assert model.config.num_key_value_heads < model.config.num_attention_heads
-    batch, results = common.collate(prompts, completions, "cpu"), {}
-    for attention in ("eager", "blocks"):
-        policy = make_trainable(copy.deepcopy(model), 0, 0, gradient_checkpointing=checkpointed)
-        policy.set_attn_implementation(attention)
-        logprobs = common.completion_logprobs(policy, batch, 0.7)
-        (logprobs * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
-        results[attention] = [logprobs, *(weight.grad for weight in policy.parameters())]
-    for ours, theirs in zip(results["blocks"], results["eager"], strict=True):
+    batch, ways = common.collate(prompts, completions, "cpu"), ("blocks", "eager")
+    results = [logprobs_and_gradients(model, batch, attention, checkpointed) for attention in ways]
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 

@@ -4,6 +4,7 @@ what --dry-run says?"""
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import transformers
 import weighed
@@ -110,17 +111,9 @@ def test_the_optimiser_of_stages_is_counted(card):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("attention", ["sdpa", "blocks"])
-def test_long_rows_hold_what_is_foreseen(monkeypatch, attention, dtype):
+def test_long_rows_hold_what_is_foreseen(attention, dtype):
     """One row of two long replies: activations, and by blocks a layer's maps."""
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=448,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        attn_implementation=attention,
-    )
+    config = tiny.ordinary_config(attention)
     P, T = 256, 128
     with weighed.weighing() as scales:
         with torch.device("meta"):

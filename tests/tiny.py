@@ -43,6 +43,19 @@ def tokenizer(chat: bool = True, extra: tuple[str, ...] = ()) -> transformers.Pr
     return fast
 
 
+def ordinary_config(attention: str) -> transformers.LlamaConfig:
+    """A small Llama of the proportions that large ones have."""
+    return transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
+
+
 def model(vocabulary: int, seed: int = 0, **overrides) -> transformers.LlamaForCausalLM:
     """A two-layer Llama with random weights, grouped-query attention and tied embeddings."""
     torch.manual_seed(seed)
